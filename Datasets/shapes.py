@@ -1,0 +1,285 @@
+"""Draws the built-in sample: captioned scenes of coloured shapes, in the layout of Kaggle's Flickr8k.
+
+    python Datasets/shapes.py FOLDER
+
+writes `Images/`, `captions.txt` (five captions an image) and the three split lists. A scene holds two or three
+shapes with a colour, a size and a place each, on one of several backgrounds. Two things make its captions worth
+reading as sentences and not as bags of words:
+
+- Twins: many scenes come with a second one in which two shapes have exchanged their colours or their places. The
+  same words describe both; only who is what, and where, tells them apart.
+- Composition: some pairs of colour and shape (`HELD_OUT`) occur in the test split only.
+"""
+
+import csv
+import os
+import random
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+COLORS = {  # name: (words, RGB)
+    "red": (["red", "crimson"], (214, 39, 40)),
+    "green": (["green"], (34, 150, 60)),
+    "blue": (["blue"], (36, 80, 210)),
+    "yellow": (["yellow", "golden"], (246, 208, 32)),
+    "purple": (["purple", "violet"], (135, 50, 170)),
+    "orange": (["orange"], (250, 128, 20)),
+    "white": (["white"], (250, 250, 250)),
+    "black": (["black"], (20, 20, 20)),
+}
+SHAPES = {  # name: words
+    "circle": ["circle", "disc"],
+    "square": ["square", "box"],
+    "triangle": ["triangle"],
+    "star": ["star"],
+    "ring": ["ring", "hoop"],
+    "cross": ["cross", "plus sign"],
+}
+SIZES = {"small": (["small", "little", "tiny"], 0.10), "large": (["large", "big", "huge"], 0.165)}  # radius / side
+BACKGROUNDS = {
+    "grey": ["a grey background", "plain grey"],
+    "sand": ["a sandy background", "sand"],
+    "sky": ["a pale blue background", "a light blue sky"],
+    "striped": ["a striped background", "stripes"],
+    "checked": ["a checked background", "a checkerboard"],
+    "grainy": ["a grainy background", "noisy grain"],
+}
+PLACES = {  # (row, column) of a 3 x 3 grid: words
+    (0, 0): ["in the top left corner", "at the upper left"],
+    (0, 1): ["at the top", "in the middle of the top edge"],
+    (0, 2): ["in the top right corner", "at the upper right"],
+    (1, 0): ["on the left", "at the left edge"],
+    (1, 1): ["in the middle", "at the centre"],
+    (1, 2): ["on the right", "at the right edge"],
+    (2, 0): ["in the bottom left corner", "at the lower left"],
+    (2, 1): ["at the bottom", "in the middle of the bottom edge"],
+    (2, 2): ["in the bottom right corner", "at the lower right"],
+}
+HELD_OUT = {
+    ("red", "star"),
+    ("green", "ring"),
+    ("blue", "triangle"),
+    ("yellow", "cross"),
+    ("purple", "circle"),
+    ("orange", "square"),
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    color: str
+    shape: str
+    size: str
+    cell: tuple[int, int]  # row, column
+
+    @property
+    def held_out(self):
+        return (self.color, self.shape) in HELD_OUT
+
+
+@dataclass(frozen=True)
+class Scene:
+    things: tuple[Thing, ...]
+    background: str
+
+    @property
+    def held_out(self):
+        return any(thing.held_out for thing in self.things)
+
+
+# ---- scenes ----------------------------------------------------------------------------------------------------
+
+
+def random_scene(rng):
+    """A scene of two shapes, or of three in three cases out of ten; no two things share colour and shape, or a cell."""
+    count = 3 if rng.random() < 0.3 else 2
+    looks = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], count)
+    cells = rng.sample(list(PLACES), count)
+    things = [Thing(*look, rng.choice(list(SIZES)), cell) for look, cell in zip(looks, cells)]
+    return Scene(tuple(things), rng.choice(list(BACKGROUNDS)))
+
+
+def twin(scene, rng):
+    """The scene with the first two things' colours, or their places, exchanged; None where nothing would change."""
+    a, b, *rest = scene.things
+    trait = rng.choice([name for name in ("color", "cell") if name == "cell" or a.color != b.color])
+    a, b = replace(a, **{trait: getattr(b, trait)}), replace(b, **{trait: getattr(a, trait)})
+    looks = [(thing.color, thing.shape) for thing in (a, b, *rest)]
+    if len(set(looks)) < len(looks) or {a, b} == set(scene.things[:2]):
+        return None
+    return Scene((a, b, *rest), scene.background)
+
+
+def draw_scenes(count, held_out, rng, taken, twins=0.3):
+    """A list of `count` different scenes, none of them in the set `taken`, to which they are added.
+
+    held_out: False allows no pair of `HELD_OUT`; True asks for at least one in every second scene.
+    """
+    scenes = []
+    while len(scenes) < count:
+        wanted = held_out and len(scenes) % 2 == 0
+        scene = random_scene(rng)
+        pair = [scene] + ([twin(scene, rng)] if rng.random() < twins else [])
+        if None in pair or any(scene in taken for scene in pair) or len(scenes) + len(pair) > count:
+            continue
+        if not held_out and any(scene.held_out for scene in pair) or wanted and not scene.held_out:
+            continue
+        scenes += pair
+        taken.update(pair)
+    return scenes
+
+
+# ---- captions --------------------------------------------------------------------------------------------------
+
+
+def noun(thing, rng, size=False):
+    """'red circle', or 'small red circle', each word drawn from its synonyms."""
+    words = [rng.choice(SIZES[thing.size][0])] if size else []
+    return " ".join(words + [rng.choice(COLORS[thing.color][0]), rng.choice(SHAPES[thing.shape])])
+
+
+def with_article(words):
+    return ("an " if words[0] in "aeiou" else "a ") + words
+
+
+def relation(a, b, rng):
+    """Words for where a stands seen from b: one of the one or two relations that hold."""
+    (row_a, column_a), (row_b, column_b) = a.cell, b.cell
+    holding = []
+    if column_a != column_b:
+        holding.append(["left of", "to the left of"] if column_a < column_b else ["right of", "to the right of"])
+    if row_a != row_b:
+        holding.append(["above", "higher than"] if row_a < row_b else ["below", "lower than"])
+    return rng.choice(rng.choice(holding))
+
+
+def captions(scene, rng):
+    """Five differently worded captions. Each names at least two things by colour and shape, and adds something else."""
+    a, b = rng.sample(scene.things, 2)
+    order = rng.sample(scene.things, len(scene.things))
+    ground = BACKGROUNDS[scene.background]
+    count = {2: "two", 3: "three"}[len(scene.things)]
+
+    def one(thing, **options):
+        return with_article(noun(thing, rng, **options))
+
+    def place(thing):
+        return rng.choice(PLACES[thing.cell])
+
+    def listed(phrases):
+        return ", ".join(phrases[:-1]) + " and " + phrases[-1]
+
+    return [
+        f"{one(a, size=True)} is {relation(a, b, rng)} {one(b, size=True)} .",
+        f"{listed([f'{one(thing)} {place(thing)}' for thing in order])} .",
+        f"on {rng.choice(ground)} there is {one(b)} {relation(b, a, rng)} {one(a)} .",
+        f"{count} shapes on {rng.choice(ground)} : {listed([one(thing, size=True) for thing in order])} .",
+        f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} ; {one(b)} is {place(b)} .",
+    ]
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------
+
+
+def paint_background(name, side, rng):
+    """A (side, side, 3) float RGB picture."""
+    plain = {"grey": (150, 150, 150), "sand": (216, 190, 150), "sky": (176, 212, 240)}
+    tint = np.array(plain.get(name, (170, 170, 165)), dtype=np.float32) + rng.uniform(-12, 12)
+    ys, xs = np.mgrid[0:side, 0:side] / side
+    period, shift = rng.uniform(0.12, 0.2), rng.random()
+    if name == "striped":
+        slope = rng.choice([0, 1, -1])
+        pattern = np.floor((ys + slope * xs) / period + shift) % 2 * 60 - 30
+    elif name == "checked":
+        pattern = (np.floor(ys / period + shift) + np.floor(xs / period + shift)) % 2 * 60 - 30
+    elif name == "grainy":
+        pattern = np.random.default_rng(rng.getrandbits(32)).normal(0, 30, (side, side))
+    else:  # plain colours fade a little in one direction, as photographs do
+        angle = rng.uniform(0, 2 * np.pi)
+        pattern = 14 * (np.cos(angle) * (xs - 0.5) + np.sin(angle) * (ys - 0.5))
+    return tint + pattern[..., None].astype(np.float32)
+
+
+def polygon(shape):
+    """Corners of a shape of radius 1, as (x, y)."""
+    if shape == "square":
+        return 0.85 * np.array([(-1, -1), (1, -1), (1, 1), (-1, 1)])
+    if shape == "cross":
+        t = 0.35
+        return np.array(
+            [(-t, -1), (t, -1), (t, -t), (1, -t), (1, t), (t, t), (t, 1), (-t, 1), (-t, t), (-1, t), (-1, -t), (-t, -t)]
+        )
+    corners, inner = (3, 1.0) if shape == "triangle" else (10, 0.42)
+    angles = 2 * np.pi * np.arange(corners) / corners - np.pi / 2
+    radii = np.where(np.arange(corners) % 2, inner, 1.0)
+    return 1.1 * radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+
+
+def paint(scene, side, rng):
+    """The scene as a (side, side, 3) uint8 RGB picture; place, turn, size and tint of each thing vary a little."""
+    scale = 4  # shapes are drawn larger and reduced, which smooths their edges
+    picture = paint_background(scene.background, side, rng).clip(0, 255).astype(np.uint8)
+    picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
+    for thing in scene.things:
+        row, column = thing.cell
+        radius = SIZES[thing.size][1] * rng.uniform(0.93, 1.07) * side * scale
+        x, y = ((place + 0.5 + rng.uniform(-0.1, 0.1)) / 3 * side * scale for place in (column, row))
+        color = [int(np.clip(value + rng.uniform(-14, 14), 0, 255)) for value in COLORS[thing.color][1]]
+        if thing.shape == "circle":
+            cv2.circle(picture, (int(x), int(y)), int(radius), color, -1)
+        elif thing.shape == "ring":
+            cv2.circle(picture, (int(x), int(y)), int(radius * 0.8), color, int(radius * 0.4))
+        else:
+            turn = rng.uniform(-0.2, 0.2)
+            rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
+            corners = radius * polygon(thing.shape) @ rotation + (x, y)
+            cv2.fillPoly(picture, [corners.round().astype(np.int32)], color)
+    return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
+
+
+def draw(folder, train=4000, val=300, test=300, side=96, seed=0):
+    """Writes the sample into `folder`: the same pictures, captions and split lists for the same arguments.
+
+    train, val, test: numbers of images. side: height and width in pixels.
+    The folder appears whole or not at all; one that is there already is replaced.
+    """
+    folder = Path(folder)
+    rng = random.Random(seed)
+    taken = set()
+    splits = {
+        "train": draw_scenes(train, False, rng, taken),
+        "dev": draw_scenes(val, False, rng, taken),
+        "test": draw_scenes(test, True, rng, taken),
+    }
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    (unfinished / "Images").mkdir(parents=True)
+    try:
+        names = iter(f"{number:05d}.png" for number in range(train + val + test))
+        rows = []
+        for split, scenes in splits.items():
+            with open(unfinished / f"shapes.{split}Images.txt", "w", encoding="utf-8") as split_list:
+                for scene in scenes:
+                    name = next(names)
+                    picture = cv2.cvtColor(paint(scene, side, rng), cv2.COLOR_RGB2BGR)
+                    if not cv2.imwrite(str(unfinished / "Images" / name), picture):
+                        raise OSError(f"{unfinished / 'Images' / name}: could not be written")
+                    split_list.write(f"{name}\n")
+                    rows += [(name, caption) for caption in captions(scene, rng)]
+        with open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as captions_file:
+            csv.writer(captions_file).writerows([("image", "caption"), *rows])
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(unfinished, folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python Datasets/shapes.py FOLDER")
+    draw(sys.argv[1])

@@ -1,0 +1,212 @@
+"""Caption files, as people have them, to one table of (image, caption, split).
+
+Read are Kaggle's `captions.txt`, the same saved as `captions.csv`, the original `Flickr8k.token.txt`, Karpathy's
+`dataset_flickr8k.json`, and any table (comma, semicolon, tab or bar) with an image and a caption column.
+"""
+
+import csv
+import io
+import json
+import random
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from storage import UserError
+
+CAPTION_FILES = ["captions.txt", "captions.csv", "Flickr8k.token.txt", "dataset_flickr8k.json", "results.csv"]
+IMAGE_FOLDERS = ["Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset"]
+IMAGE_COLUMNS = ["image", "image_name", "filename", "file_name", "file", "image_path", "path"]
+CAPTION_COLUMNS = ["caption", "comment", "caption_text", "text", "sentence", "description"]
+SPLIT_LISTS = {"train": "trainImages.txt", "val": "devImages.txt", "test": "testImages.txt"}
+SEEDED_SHARES = {"val": 0.1, "test": 0.1}
+SHOWN = 3  # bad rows or files that an error names; the rest is counted
+
+
+def find_captions(data_dir):
+    """The captions file of a data folder. Raises UserError where there is none, or a choice to make."""
+    data_dir = Path(data_dir)
+    if not data_dir.is_dir():
+        raise UserError(f"{data_dir}: no such folder; --data-dir names one with Images/ and a captions file")
+    for folder in [data_dir, data_dir / "Flickr8k_text"]:
+        for name in CAPTION_FILES:
+            if (folder / name).is_file():
+                return folder / name
+    tables = sorted(data_dir.glob("*.csv"))
+    if len(tables) == 1:
+        return tables[0]
+    raise UserError(f"{data_dir}: no captions file ({', '.join(CAPTION_FILES)}, or one .csv); name it with --captions-path")
+
+
+def find_images(data_dir):
+    """The folder of a data folder's images. Raises UserError where there is none."""
+    for name in IMAGE_FOLDERS:
+        for folder in [Path(data_dir) / name, Path(data_dir) / name / name]:  # the original archive nests it
+            if folder.is_dir() and not (folder / name).is_dir():
+                return folder
+    raise UserError(f"{data_dir}: no folder {' or '.join(IMAGE_FOLDERS[:2])}; name it with --image-path")
+
+
+def read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file; --captions-path names the captions file") from None
+    except PermissionError:
+        raise UserError(f"{path}: may not be read") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+
+
+def read_captions(path):
+    """Reads a captions file of any known layout.
+
+    Returns (rows, bad, splits): rows is a list of (row number, image, caption), row numbers counted from 1 as an editor
+    does; bad is a list of (row number, what is wrong); splits is {image: split} where the file gives them.
+    Raises UserError where the file cannot be read or has no image and caption columns.
+    """
+    text = read_text(path)
+    if Path(path).suffix == ".json":
+        return read_karpathy(path, text)
+    if re.match(r"[^\t\n]+#\d+\t", text):
+        rows = read_token(text)
+    else:
+        rows = read_table(path, text)
+    good = [(number, *fields) for number, fields in rows if isinstance(fields, tuple) and all(fields)]
+    bad = [
+        (number, fields if isinstance(fields, str) else f"empty {'caption' if fields[0] else 'file name'}")
+        for number, fields in rows
+        if not (isinstance(fields, tuple) and all(fields))
+    ]
+    return good, bad, {}
+
+
+def read_token(text):
+    """Flickr8k.token.txt, lines of `name#number<TAB>caption`, as [(row, (image, caption) or what is wrong)]."""
+    rows = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        name, tab, caption = line.partition("\t")
+        image = name.rpartition("#")[0].strip()
+        # The published file has five rows of a name ending in .jpg.1, for a picture that was never published.
+        if line.strip() and not re.search(r"\.jpg\.\d$", image):
+            rows.append((number, (image, caption.strip()) if tab else "no tab between name and caption"))
+    return rows
+
+
+def read_table(path, text):
+    """A table with a header that names an image and a caption column, as [(row, (image, caption) or what is wrong)]."""
+    header_line = text.split("\n", 1)[0]
+    delimiter = max(",;\t|", key=header_line.count)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    rows, header = [], None
+    try:
+        for fields in reader:
+            if header is None:
+                header = [name.strip().lower() for name in fields]
+                image_column = next((header.index(name) for name in IMAGE_COLUMNS if name in header), None)
+                caption_column = next((header.index(name) for name in CAPTION_COLUMNS if name in header), None)
+                if image_column is None or caption_column is None:
+                    found = ", ".join(header)[:80] or "nothing"
+                    raise UserError(f"{path}, row 1: no image and caption columns, only {found}; write image,caption there")
+            elif len(fields) == len(header):
+                rows.append((reader.line_num, (fields[image_column].strip(), fields[caption_column].strip())))
+            elif fields:
+                expected = f"{len(fields)} fields where the header has {len(header)}"
+                rows.append((reader.line_num, f"{expected} (quote captions that contain {delimiter!r})"))
+    except csv.Error as error:
+        raise UserError(f"{path}, row {reader.line_num}: {error}") from None
+    if header is None:
+        raise UserError(f"{path}: empty; write a header image,caption and a row a caption")
+    return rows
+
+
+def read_karpathy(path, text):
+    """dataset_flickr8k.json: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}; as `read_captions`."""
+    try:
+        images = json.loads(text)["images"]
+        splits = {image["filename"]: image["split"].replace("restval", "train") for image in images}
+        pairs = [(image["filename"], sentence["raw"].strip()) for image in images for sentence in image["sentences"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: not in the layout of Karpathy's dataset_flickr8k.json ({problem})") from None
+    numbered = [(number, *pair) for number, pair in enumerate(pairs, start=1)]
+    good = [row for row in numbered if row[1] and row[2]]
+    return good, [(row[0], "empty caption or file name") for row in numbered if not (row[1] and row[2])], splits
+
+
+def seeded_split(images, seed):
+    """{image: split} that depends on the set of names and the seed alone, not on the order of rows."""
+    images = sorted(set(images))
+    random.Random(seed).shuffle(images)
+    splits, start = {}, 0
+    for split, share in SEEDED_SHARES.items():
+        count = round(len(images) * share)
+        splits |= dict.fromkeys(images[start : start + count], split)
+        start += count
+    return splits | dict.fromkeys(images[start:], "train")
+
+
+def listed_splits(folder):
+    """{image: split} of the official lists in a folder (`Flickr_8k.trainImages.txt`, ...); empty where there are none.
+
+    Raises UserError where an image stands in two lists.
+    """
+    splits = {}
+    for split, ending in SPLIT_LISTS.items():
+        for path in sorted(Path(folder).glob(f"*{ending}")):
+            for name in filter(None, map(str.strip, read_text(path).splitlines())):
+                if splits.setdefault(name, split) != split:
+                    raise UserError(f"{path}: {name} stands in the list for {splits[name]} too; take it out of one")
+    return splits
+
+
+def find_splits(images, folders, splits_in_captions_file, seed):
+    """{image: split}, from the first of: official lists, Karpathy's JSON, a seeded split by image name.
+
+    With lists for training but none for validation, a tenth of the training images becomes validation.
+    """
+    folders = [inner for folder in folders for inner in (Path(folder), Path(folder) / "Flickr8k_text")]
+    found = [splits for splits in map(listed_splits, folders) if splits] + [splits_in_captions_file]
+    found += [read_karpathy(path, read_text(path))[2] for path in (f / "dataset_flickr8k.json" for f in folders) if path.is_file()]
+    splits = next((splits for splits in found if splits), None) or seeded_split(images, seed)
+    if "val" not in splits.values():
+        train = [image for image, split in splits.items() if split == "train"]
+        splits = splits | {image: "val" for image, split in seeded_split(train, seed).items() if split == "val"}
+    return splits
+
+
+def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False, seed=0):
+    """Reads a data folder.
+
+    data_dir: a folder with a captions file and a folder of images; captions_path and image_path name them one by one.
+    skip_bad: leave out rows without a caption, a file name or a file, instead of raising.
+
+    Returns (table, image_dir, skipped): a DataFrame with the columns image, caption and split ("train", "val", "test",
+    or "" for an image that the lists leave out), the folder of the images, and a list of lines on what was left out.
+    Raises UserError for anything that cannot be used.
+    """
+    captions_path = Path(captions_path) if captions_path else find_captions(data_dir)
+    image_dir = Path(image_path) if image_path else find_images(data_dir or captions_path.parent)
+    if not image_dir.is_dir():
+        raise UserError(f"{image_dir}: no such folder; --image-path names the folder of the images")
+    rows, bad, splits = read_captions(captions_path)
+    if bad and not skip_bad:
+        examples = "; ".join(f"row {number}: {problem}" for number, problem in bad[:SHOWN])
+        raise UserError(f"{captions_path}: {len(bad)} unusable rows ({examples}); mend them or pass --skip-bad")
+    here = {path.relative_to(image_dir).as_posix() for path in image_dir.rglob("*") if path.is_file()}
+    missing = sorted({image for _, image, _ in rows if image not in here})
+    if missing and not skip_bad:
+        examples = ", ".join(missing[:SHOWN])
+        raise UserError(
+            f"{captions_path}: {len(missing)} of its images are not in {image_dir} ({examples}); "
+            "mend --image-path or pass --skip-bad"
+        )
+    table = pd.DataFrame(rows, columns=["row", "image", "caption"]).drop(columns="row")
+    table = table[table["image"].isin(here)].reset_index(drop=True)
+    if table.empty:
+        raise UserError(f"{captions_path}: no caption of an image in {image_dir}")
+    splits = find_splits(table["image"], {image_dir.parent, captions_path.parent}, splits, seed)
+    table["split"] = table["image"].map(splits).fillna("")
+    skipped = [f"{captions_path}, row {number}: {problem}" for number, problem in bad]
+    return table, image_dir, skipped + [f"{image_dir / image}: no such file" for image in missing]

@@ -1,0 +1,167 @@
+"""Every setting of a run in one place, the presets, and the command line made from them."""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from storage import UserError
+
+RUN_FORMAT = 1  # of a run folder's config.json; a folder of another format is refused
+
+
+@dataclass
+class Config:
+    # Data
+    data_dir: str = ""  # folder with Images/ and a captions file; empty: where the preset's data set is usually found
+    image_path: str = ""  # folder of the images, where it is not in data_dir
+    captions_path: str = ""  # captions file, where it is not in data_dir
+    download: bool = False  # fetch Kaggle's Flickr8k first (needs a network)
+    skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping; listed in skipped.txt
+    cache_dir: str = ".cache"  # folder for decoded pictures and for features of frozen towers
+    num_workers: int = 4  # processes that cut crops while the towers compute, and threads that decode pictures
+
+    # Towers
+    image_encoder: str = "resnet50"  # any timm name
+    image_weights: str = "pretrained"  # pretrained (model hub), random, or a local weight file of that timm model
+    size: int = 0  # height and width of the image tower's input in pixels; 0: the tower's own
+    text_encoder: str = "distilbert-base-uncased"  # Hugging Face name or local folder; a model type if weights are random
+    text_weights: Literal["pretrained", "random"] = "pretrained"  # random: vocabulary made from the training captions
+    text_width: int = 768  # features of a token, for random text weights
+    text_layers: int = 6  # transformer layers, for random text weights
+    text_heads: int = 12  # attention heads a layer, for random text weights
+    vocab_size: int = 8192  # most entries of a vocabulary made here, for random text weights
+    max_length: int = 200  # tokens; longer captions are cut
+    pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
+    freeze: Literal["none", "image", "text", "both"] = "none"  # towers kept still; their features are computed once
+
+    # Heads
+    projection_dim: int = 256  # width d_e of the joint embedding
+    num_projection_layers: Literal[1, 2] = 1  # 1: the paper's linear map; 2: Linear, GELU, Linear, dropout, sum, LayerNorm
+    dropout: float = 0.1  # in the two-layer head
+    feature_dropout: float = 0.5  # on a frozen tower's features, which nothing else keeps from being learnt by heart
+
+    # Training
+    heads_first: bool = True  # train the heads on still towers before a tower is trained, in RUN_DIR/heads
+    epochs: int = 0  # passes over the training images; 0: 60 where both towers are frozen, else 8
+    batch_size: int = 0  # images a step, and so candidates for each caption; 0: 1000 where both are frozen, else 128
+    image_encoder_lr: float = 1e-4  # peak learning rate
+    text_encoder_lr: float = 1e-5  # peak learning rate
+    head_lr: float = 1e-3  # peak learning rate of the projections and the temperature
+    weight_decay: float = 1e-3  # AdamW's, on weight matrices only
+    warmup: float = 0.05  # share of all steps over which the rates rise from 0
+    schedule: Literal["cosine", "plateau"] = "cosine"  # how the rates fall after the warm-up
+    patience: int = 1  # plateau: epochs without a better rsum that are let pass
+    factor: float = 0.8  # plateau: what the rates are multiplied by then
+    crop: float = 0.85  # side of the smallest random training crop, as a share of the image's shorter side; 1: no zoom
+
+    # The run
+    seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; auto: bf16 where native, else fp32
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
+    resume: bool = False  # go on from the last checkpoint of run_dir, with its settings unless flags say otherwise
+
+
+PRESETS = {
+    "flickr8k": Config(run_dir="runs/flickr8k"),
+    "shapes": Config(
+        run_dir="runs/shapes",
+        data_dir="Datasets/shapes",
+        num_workers=0,
+        image_encoder="test_resnet",
+        image_weights="random",
+        size=64,
+        text_encoder="distilbert",
+        text_weights="random",
+        text_width=128,
+        text_layers=2,
+        text_heads=4,
+        vocab_size=512,
+        max_length=64,
+        heads_first=False,
+        epochs=14,
+        batch_size=128,
+        image_encoder_lr=2e-3,
+        text_encoder_lr=1e-3,
+        head_lr=2e-3,
+        weight_decay=0.05,
+    ),
+}
+DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
+
+Presets: flickr8k (ResNet50 and DistilBERT, both pretrained) and shapes (a drawn sample, small towers from scratch).
+With no preset: flickr8k where its pictures are found, else shapes."""
+
+
+def parse_config(arguments, default_preset):
+    """The Config of a command line ([PRESET] [--flags]), and the name of its preset.
+
+    Exits with a message for an unknown flag or a value of the wrong type. Raises UserError for values that make no
+    sense, and where a run to be resumed is not there.
+    """
+    named = bool(arguments) and not arguments[0].startswith("-")
+    preset = arguments[0] if named else default_preset
+    if preset not in PRESETS:
+        raise UserError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+    flags = arguments[1:] if named else arguments
+
+    def parse(default):
+        return tyro.cli(Config, default=default, args=flags, prog="main.py", description=DESCRIPTION)
+
+    config = parse(PRESETS[preset])
+    if config.resume:
+        config = parse(replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
+    check(config)
+    return config, preset
+
+
+def check(config):
+    """Raises UserError for a value outside its range."""
+    positive = ["max_length", "projection_dim", "image_encoder_lr", "text_encoder_lr", "head_lr"]
+    positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
+    for name in positive:
+        if getattr(config, name) <= 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
+    for name in ["epochs", "batch_size", "size", "num_workers", "weight_decay", "patience", "seed"]:
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
+    for name in ["dropout", "feature_dropout", "warmup"]:
+        if not 0 <= getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0 and below 1")
+    for name in ["crop", "factor"]:
+        if not 0 < getattr(config, name) <= 1:
+            raise UserError(f"--{name} {getattr(config, name)}: must be above 0 and at most 1")
+    if config.batch_size == 1:
+        raise UserError("--batch-size 1: a single pair has nothing to be told apart from; use 2 or more")
+    if config.text_weights == "random" and config.text_width % config.text_heads:
+        raise UserError(f"--text-width {config.text_width}: must be a multiple of --text-heads {config.text_heads}")
+
+
+def save_run(run_dir, config, towers):
+    """Writes run_dir/config.json: the settings, and what rebuilding the towers takes."""
+    text = json.dumps({"format": RUN_FORMAT, "config": dataclasses.asdict(config), "towers": towers}, indent=2)
+    (Path(run_dir) / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
+def load_run(run_dir):
+    """{"config": Config, "towers": dict} of a run folder. Raises UserError where it is missing, damaged or foreign."""
+    path = Path(run_dir) / "config.json"
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["format"] != RUN_FORMAT:
+            raise UserError(f"{path}: format {saved['format']}, but this version reads {RUN_FORMAT}; train it again")
+        return {"config": Config(**saved["config"]), "towers": saved["towers"]}
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py") from None
+    except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
+
+
+def parse_flags(function, description):
+    """Calls a command's function with the arguments of the command line: the one place where tyro's style is set."""
+    return tyro.cli(function, prog=Path(sys.argv[0]).name, description=description)

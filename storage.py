@@ -1,0 +1,68 @@
+"""Files that appear whole or not at all, the keys of cached results, and errors that a user can mend."""
+
+import errno
+import hashlib
+import os
+import sys
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Something the user can mend: one line that names the value, the place and the remedy."""
+
+
+def run_command(main):
+    """Calls main(); a `UserError` ends the program with its one line and exit status 2, Ctrl-C with status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def write_whole(path, write):
+    """Calls write(temporary_path) and moves the result to `path` once it is on disk.
+
+    A reader finds the old file or the new one, whatever happens in between.
+    Raises UserError where the disk is full or the folder may not be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or name another folder") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_facts(paths):
+    """[(path, bytes, time of change in ns)] of files: what a cache key needs to notice that one of them changed."""
+    return [(str(path), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
+
+
+def key_of(*parts):
+    """A short hexadecimal key that changes when the `repr` of any part does; bytes are taken as they are."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:20]
+
+
+def key_of_weights(module):
+    """The key of a torch module's state: names, shapes and every value."""
+    digest = hashlib.sha256()
+    for name, tensor in module.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:20]
