@@ -168,7 +168,9 @@ def find_splits(images, folders, splits_in_captions_file, seed):
     """
     folders = [inner for folder in folders for inner in (Path(folder), Path(folder) / "Flickr8k_text")]
     found = [splits for splits in map(listed_splits, folders) if splits] + [splits_in_captions_file]
-    found += [read_karpathy(path, read_text(path))[2] for path in (f / "dataset_flickr8k.json" for f in folders) if path.is_file()]
+    found += [
+        read_karpathy(path, read_text(path))[2] for path in (f / "dataset_flickr8k.json" for f in folders) if path.is_file()
+    ]
     splits = next((splits for splits in found if splits), None) or seeded_split(images, seed)
     if "val" not in splits.values():
         train = [image for image, split in splits.items() if split == "train"]
@@ -206,7 +208,7 @@ def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False, 
     table = table[table["image"].isin(here)].reset_index(drop=True)
     if table.empty:
         raise UserError(f"{captions_path}: no caption of an image in {image_dir}")
-    splits = find_splits(table["image"], {image_dir.parent, captions_path.parent}, splits, seed)
+    splits = find_splits(table["image"], [image_dir.parent, captions_path.parent], splits, seed)
     table["split"] = table["image"].map(splits).fillna("")
     skipped = [f"{captions_path}, row {number}: {problem}" for number, problem in bad]
     return table, image_dir, skipped + [f"{image_dir / image}: no such file" for image in missing]

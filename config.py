@@ -117,7 +117,16 @@ def parse_config(arguments, default_preset):
     if config.resume:
         config = parse(replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
     check(config)
-    return config, preset
+    return fill_in(config), preset
+
+
+def fill_in(config):
+    """The Config with the numbers of epochs and images a step that fit what is trained, where they are left open.
+
+    Over cached features an epoch takes a fraction of a second, and a step of 1000 pairs no more memory than a picture.
+    """
+    epochs, batch_size = (60, 1000) if config.freeze == "both" else (8, 128)
+    return replace(config, epochs=config.epochs or epochs, batch_size=config.batch_size or batch_size)
 
 
 def check(config):

@@ -6,6 +6,8 @@ import os
 import sys
 from pathlib import Path
 
+import numpy as np
+
 
 class UserError(Exception):
     """Something the user can mend: one line that names the value, the place and the remedy."""
@@ -18,8 +20,8 @@ def run_command(main):
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nstopped; {interrupt}" if interrupt.args else "\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
@@ -66,3 +68,18 @@ def key_of_weights(module):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:20]
+
+
+def cached_array(path, compute):
+    """The array in the .npy file `path`; where there is none that reads, compute() makes it and it is kept there."""
+    try:
+        return np.load(path)
+    except (OSError, ValueError, EOFError):
+        array = compute()
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            np.save(file, array)
+
+    write_whole(path, write)
+    return array

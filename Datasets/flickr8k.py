@@ -1,0 +1,28 @@
+"""Finds Flickr8k where people put it, or fetches Kaggle's copy."""
+
+from pathlib import Path
+
+KAGGLE_NAME = "adityajn105/flickr8k"
+PLACES = ["Datasets/flickr8k", "Datasets/Flickr8k", "Datasets/Flicker-8k", "/kaggle/input/flickr8k"]
+BY_HAND = (
+    f"download kaggle.com/datasets/{KAGGLE_NAME} in a browser and unpack it to {PLACES[0]} "
+    "(Images/ and captions.txt), or name its folder with --data-dir"
+)
+
+
+def find():
+    """The first of the usual places that is a folder with something in it, or None."""
+    return next((place for place in PLACES if Path(place).is_dir() and any(Path(place).iterdir())), None)
+
+
+def download():
+    """Fetches Kaggle's Flickr8k (about 1 GB) through kagglehub, which keeps it, and returns its folder.
+
+    Raises OSError where it cannot be fetched, with what to do by hand.
+    """
+    try:
+        import kagglehub  # only here: everything else works without it
+
+        return kagglehub.dataset_download(KAGGLE_NAME)
+    except Exception as error:  # requests', Kaggle's and the socket's own, after one failed attempt
+        raise OSError(f"Flickr8k cannot be fetched ({type(error).__name__}); {BY_HAND}") from None

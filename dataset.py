@@ -1,0 +1,236 @@
+"""Pictures from files to batches: reading and resizing, the cache of decoded pictures, crops, and pairs.
+
+Pictures are RGB uint8 arrays, (height, width, 3), whose shorter side is the image tower's input size. Normalisation
+is the image tower's own affair (`modules.ImageEncoder`) and happens on its device.
+"""
+
+import os
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for its newest version
+
+import albumentations as A
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from storage import UserError, file_facts, key_of
+
+MOST_ELONGATED = 3  # width to height, or height to width; what a picture has beyond is cut off evenly at both ends
+READ_AHEAD = 256  # pictures decoded before the first of them is used
+SHOWN = 3  # bad pictures that an error names
+
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken files are reported by us, once and by name
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+def resize_image(image, size):
+    """(h, w, 3) uint8 -> the same with its shorter side at `size` pixels and the longer at most MOST_ELONGATED times that."""
+    height, width = image.shape[:2]
+    longest = MOST_ELONGATED * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    image = image[top : top + longest, left : left + longest]
+    scale = size / min(height, width)
+    shape = [max(size, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    # Averaging areas is free of aliasing when shrinking; enlarging with it would give blocks.
+    return cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def center_crop(image, size):
+    """The middle (size, size, 3) of a picture whose shorter side is `size`."""
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def read_image(path, size):
+    """Reads a picture file, turned upright as its EXIF says, as `resize_image` shapes it.
+
+    Raises ValueError or OSError where it cannot be decoded.
+    """
+    data = np.fromfile(path, dtype=np.uint8)  # not cv2.imread, which on Windows fails for names beyond ASCII
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    except cv2.error as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    if image is None:
+        raise ValueError("empty, truncated or not a picture")
+    return resize_image(image, size)
+
+
+def read_images(paths, size, num_workers=0):
+    """Yields for each path (picture, None), or (None, what is wrong with it), decoding a little ahead in threads."""
+
+    def read(path):
+        try:
+            return read_image(path, size), None
+        except (ValueError, OSError) as error:
+            return None, f"{path}: {error}"
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        for start in range(0, len(paths), READ_AHEAD):
+            yield from pool.map(read, paths[start : start + READ_AHEAD])
+
+
+class DecodedImages:
+    """Pictures of different shapes in one memory-mapped file: len(images), images[i] -> (h, w, 3) uint8.
+
+    folder: holds pixels.bin and shapes.npy, (n, 2) heights and widths, 0 for a picture that could not be read.
+    Raises ValueError where the two do not fit each other.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.shapes = np.load(folder / "shapes.npy")
+        self.ends = np.cumsum(self.shapes[:, 0] * self.shapes[:, 1] * 3)
+        if (folder / "pixels.bin").stat().st_size != self.ends[-1]:
+            raise ValueError(f"{folder}: truncated")
+        self.pixels = np.memmap(folder / "pixels.bin", mode="r", dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __reduce__(self):  # a loader's worker maps the file itself rather than being sent its contents
+        return DecodedImages, (self.folder,)
+
+    def __getitem__(self, i):
+        height, width = self.shapes[i]
+        return self.pixels[self.ends[i] - height * width * 3 : self.ends[i]].reshape(height, width, 3)
+
+
+def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False):
+    """Decodes and resizes each picture once, into a cache that notices changed files.
+
+    Returns (images, bad): DecodedImages, and {position: what is wrong} of the pictures that could not be read.
+    Raises UserError for such a picture unless skip_bad, and where the cache cannot be written.
+    """
+    folder = Path(cache_dir) / f"images-{key_of('decoded', size, file_facts(paths), skip_bad)}"
+    try:
+        images = DecodedImages(folder)
+    except (OSError, ValueError, EOFError):
+        shutil.rmtree(folder, ignore_errors=True)
+        write_decoded(folder, paths, size, num_workers, skip_bad)
+        images = DecodedImages(folder)
+    bad = {int(i): f"{paths[i]}: empty, truncated or not a picture" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
+    return images, bad
+
+
+def write_decoded(folder, paths, size, num_workers, skip_bad):
+    """Writes the folder of a DecodedImages, whole or not at all."""
+    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    gigabytes = len(paths) * size * size * 1.4 * 3 / 1e9  # most photographs are about 1.4 times as long as wide
+    print(f"decoding {len(paths):,} pictures into {folder.parent} (about {gigabytes:.2f} GB)")
+    shapes, bad = [], []
+    try:
+        unfinished.mkdir(parents=True, exist_ok=True)
+        with open(unfinished / "pixels.bin", "wb") as pixels:
+            progress = tqdm(
+                read_images(paths, size, num_workers), total=len(paths), desc="decoding", leave=False, unit="img", disable=None
+            )
+            for image, problem in progress:
+                shapes.append((0, 0) if image is None else image.shape[:2])
+                bad += [problem] if problem else []
+                pixels.write(b"" if image is None else image.tobytes())
+        if bad and not skip_bad:
+            more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+            raise UserError(f"{'; '.join(bad[:SHOWN])}{more}; mend or remove it, or pass --skip-bad")
+        if len(bad) == len(paths):
+            raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
+        np.save(unfinished / "shapes.npy", np.array(shapes, dtype=np.int64))
+        os.replace(unfinished, folder)
+    except OSError as error:
+        if folder.is_dir():  # another process was faster with the same pictures
+            return
+        raise UserError(f"--cache-dir {folder.parent}: cannot be written ({error.strerror}); name another folder") from None
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+# ---- pairs -------------------------------------------------------------------------------------------------------
+
+
+class CLIPDataset(Dataset):
+    """Pairs of an image and one of its captions.
+
+    images: pictures, or an (n, d_i) tensor of features of a frozen tower.
+    texts: a list of token id lists, or an (m, d_t) tensor of features of a frozen tower.
+    size: of the random square crops, in pixels; crop: side of the smallest, as a share of a picture's shorter side.
+
+    An index is a (image, caption, seed) that `PairSampler` drew: all randomness comes from there, so an epoch is the
+    same with any number of workers and after a resume.
+    """
+
+    def __init__(self, images, texts, size, crop=1.0):
+        self.images, self.texts = images, texts
+        # The paper's one augmentation is a random square crop. No mirror images: captions say left and right.
+        # New augmentations go into this list.
+        self.augment = A.Compose([A.RandomSizedCrop((max(1, round(crop * size)), size), (size, size), w2h_ratio=1.0)])
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        image, caption, seed = index
+        picture = self.images[image]
+        if not torch.is_tensor(picture):
+            self.augment.set_random_seed(seed)
+            picture = torch.from_numpy(self.augment(image=picture)["image"]).permute(2, 0, 1)
+        return picture, self.texts[caption]
+
+
+class PairSampler:
+    """Batches of (image, caption, seed) for an epoch: every image at most once, with one of its captions.
+
+    captions_of: for each image the positions of its captions. Images that do not fill the last batch sit an epoch out,
+    because a smaller batch would be an easier task. Set `epoch` before each epoch.
+    """
+
+    def __init__(self, captions_of, batch_size, seed):
+        self.captions_of, self.batch_size, self.seed, self.epoch = captions_of, batch_size, seed, 0
+
+    def __len__(self):
+        return len(self.captions_of) // self.batch_size
+
+    def __iter__(self):
+        rng = np.random.default_rng([self.seed, self.epoch])
+        order = rng.permutation(len(self.captions_of))
+        captions = [rng.choice(self.captions_of[image]) for image in order]
+        seeds = rng.integers(2**31, size=len(order)).tolist()
+        draws = list(zip(order.tolist(), captions, seeds))
+        for start in range(0, len(self) * self.batch_size, self.batch_size):
+            yield draws[start : start + self.batch_size]
+
+
+def pad(texts, pad_id):
+    """n lists of token ids -> (input_ids, attention_mask), (n, l), l the longest; features pass, with None as their mask."""
+    if torch.is_tensor(texts[0]):
+        return torch.stack(list(texts)), None
+    length = max(map(len, texts))
+    input_ids = torch.tensor([ids + [pad_id] * (length - len(ids)) for ids in texts])
+    return input_ids, torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in texts])
+
+
+def collate(pairs, pad_id):
+    """n pairs of a CLIPDataset -> {"image", "text", "attention_mask"}: (n, 3, size, size), (n, l), (n, l)."""
+    images, texts = zip(*pairs)
+    text, attention_mask = pad(texts, pad_id)
+    return {"image": torch.stack(images), "text": text, "attention_mask": attention_mask}
+
+
+def train_loader(dataset, sampler, pad_id, num_workers=0, pin_memory=False):
+    """A DataLoader of the sampler's batches, as `collate` makes them."""
+    workers = 0 if torch.is_tensor(dataset.images) else num_workers  # features are fetched faster than they are sent
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, pad_id=pad_id),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )

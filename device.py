@@ -1,0 +1,37 @@
+"""Which device computes, and in which precision."""
+
+import torch
+
+from storage import UserError
+
+
+def pick_device(name):
+    """ "auto" or a torch device name -> torch.device. Raises UserError for one that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def pick_dtype(precision, device):
+    """ "auto", "fp32", "bf16" or "fp16" -> torch dtype of matrix products; weights stay fp32.
+
+    auto is bf16 where the processor or GPU multiplies it natively, as emulation would be slower than fp32.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            native = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            features = torch.cpu.get_capabilities()
+            native = device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
+        precision = "bf16" if native else "fp32"
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def autocast(device, dtype):
+    """The context in which the towers and heads compute."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)

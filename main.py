@@ -1,0 +1,296 @@
+"""Trains CLIP: python main.py [PRESET] [--flags]. What a run leaves in its folder is listed in the README."""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Subset
+from tqdm import tqdm
+
+from captions import load_captions
+from checkpoint import load_last, save_last, start_run, write_history
+from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
+from config import PRESETS, fill_in, parse_config
+from dataset import CLIPDataset, PairSampler, decode_images, train_loader
+from Datasets import flickr8k, shapes
+from device import autocast, pick_device, pick_dtype
+from evaluate import image_features, positions_of_images, project, recall_table, score, text_features, token_ids
+from plots import draw_curves, draw_matches, draw_similarity
+from storage import UserError, cached_array, file_facts, key_of, key_of_weights, run_command
+
+CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
+SHOWN_QUERIES, SHOWN_MATCHES, SHOWN_PAIRS = 5, 6, 8  # in matches.png and similarity.png
+
+
+# ---- learning rates: pure functions of the step and of past validation scores -------------------------------------
+
+
+def plateau_factor(rsums, patience, factor):
+    """What the rates are multiplied by after epochs with these rsums, as torch's ReduceLROnPlateau would have it."""
+    best, waited, product = -math.inf, 0, 1.0
+    for rsum in rsums:
+        waited = 0 if rsum > best else waited + 1
+        best = max(best, rsum)
+        if waited > patience:
+            product, waited = product * factor, 0
+    return product
+
+
+def rate_factor(step, steps, config, rsums):
+    """The share of the peak rates at a step of `steps`: a linear rise, then half a cosine, or the plateau's factor."""
+    warmup = round(config.warmup * steps)
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if config.schedule == "plateau":
+        return plateau_factor(rsums, config.patience, config.factor)
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def parameter_groups(model, config):
+    """AdamW's groups: a rate for each tower and one for the heads; decay on weight matrices only."""
+    rates = {"image_encoder": config.image_encoder_lr, "text_encoder": config.text_encoder_lr}
+    groups = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            key = (rates.get(name.split(".")[0], config.head_lr), config.weight_decay if parameter.ndim > 1 else 0.0)
+            groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "peak": rate, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Pairs:
+    """A split: n images and their m captions, as the towers take them or, for a frozen tower, as it leaves them."""
+
+    names: list  # n file names
+    pictures: Subset  # n decoded pictures
+    captions: list  # m strings
+    image_of_text: np.ndarray  # (m,) position of each caption's image
+    images: Subset | torch.Tensor  # n decoded pictures, or (n, d_i) features
+    texts: list | torch.Tensor  # m lists of token ids, or (m, d_t) features
+
+
+def read_pairs(config, table, image_dir, model):
+    """Decodes the pictures of a table once. Returns ({"train": Pairs, "val": Pairs}, lines on pictures left out)."""
+    names, _ = positions_of_images(table)
+    paths = [image_dir / name for name in names]
+    size = model.image_encoder.size
+    pictures, bad = decode_images(paths, size, config.cache_dir, config.num_workers, config.skip_bad)
+    position = {name: i for i, name in enumerate(names) if i not in bad}
+    splits = {}
+    for split in ("train", "val"):
+        rows = table[(table["split"] == split) & table["image"].isin(position)]
+        names, image_of_text = positions_of_images(rows)
+        chosen = Subset(pictures, [position[name] for name in names])
+        texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
+        splits[split] = Pairs(names, chosen, list(rows["caption"]), image_of_text, chosen, texts)
+    if len(splits["train"].names) < config.batch_size:
+        count = len(splits["train"].names)
+        raise UserError(f"--batch-size {config.batch_size}: there are only {count} training images in {image_dir}; lower it")
+    if not splits["val"].names:
+        raise UserError(f"{image_dir}: none of its images is for validation; mend the split lists")
+    return splits, list(bad.values())
+
+
+def hold_still(config, model, splits, image_dir, device, dtype):
+    """Freezes the towers that the Config names and puts their features, computed once and cached, in place of inputs."""
+    for pairs in splits.values():
+        if config.freeze in ("image", "both"):
+            files = file_facts([image_dir / name for name in pairs.names])
+            key = key_of(key_of_weights(model.image_encoder), model.image_encoder.size, dtype, files)
+            path = Path(config.cache_dir) / f"image-features-{key}.npy"
+            features = cached_array(path, lambda: image_features(model, pairs.pictures, device, dtype).numpy())
+            pairs.images = torch.from_numpy(features)
+        if config.freeze in ("text", "both"):
+            key = key_of(key_of_weights(model.text_encoder), model.text_encoder.pooling, dtype, pairs.texts)
+            path = Path(config.cache_dir) / f"text-features-{key}.npy"
+            features = cached_array(path, lambda: text_features(model, pairs.texts, device, dtype).numpy())
+            pairs.texts = torch.from_numpy(features)
+    if config.freeze in ("image", "both"):
+        model.image_encoder.requires_grad_(False)
+        model.image_projection.standardise(splits["train"].images)
+    if config.freeze in ("text", "both"):
+        model.text_encoder.requires_grad_(False)
+        model.text_projection.standardise(splits["train"].texts)
+
+
+# ---- the run -----------------------------------------------------------------------------------------------------------
+
+
+def train_epoch(model, loader, optimizer, scaler, device, dtype, rate_at, desc):
+    """One pass over the training images; returns the mean loss. rate_at: maps a step of this epoch to a rate factor.
+
+    Raises UserError at a loss that is not finite.
+    """
+    model.train()
+    for tower in (model.image_encoder, model.text_encoder):
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.eval()  # BatchNorm statistics and dropout of a frozen tower stay still
+    losses = []
+    progress = tqdm(loader, desc=desc, leave=False, disable=None)
+    for step, batch in enumerate(progress):
+        image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch.values())
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * rate_at(step)
+        with autocast(device, dtype):
+            logits, _ = model(image, text, mask)
+        loss = contrastive_loss(logits.float())
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        losses.append(loss.detach())
+        if step % CHECK_EVERY == 0 or step == len(loader) - 1:
+            recent = torch.stack(losses[-CHECK_EVERY:])
+            if not recent.isfinite().all():
+                raise UserError(
+                    f"{desc}, step {step + 1}: the loss is not finite; the last good checkpoint is kept, go on from it with "
+                    "--resume and lower rates (--head-lr, --image-encoder-lr, --text-encoder-lr)"
+                )
+            progress.set_postfix(loss=f"{recent.mean():.3f}")
+    return torch.stack(losses).mean().item()
+
+
+def validate(config, model, pairs, device, dtype):
+    """The scores of `evaluate.recall` on a split; features of towers that train are computed anew."""
+    I_f = pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype)
+    T_f = pairs.texts if torch.is_tensor(pairs.texts) else text_features(model, pairs.texts, device, dtype)
+    return score(model, I_f, T_f, pairs.image_of_text, device)
+
+
+def train(config):
+    """Runs a Config from captions file to run folder, and returns the model at its best epoch."""
+    run_dir, device = Path(config.run_dir), pick_device(config.device)
+    dtype = pick_dtype(config.precision, device)
+    torch.manual_seed(config.seed)
+
+    table, image_dir, skipped = load_captions(
+        config.data_dir, config.image_path, config.captions_path, config.skip_bad, config.seed
+    )
+    table = table[table["split"].isin(["train", "val"])]
+    model = create_model(config, table["caption"][table["split"] == "train"])
+    splits, bad = read_pairs(config, table, image_dir, model)
+    training, validation = splits["train"], splits["val"]
+    counts = [f"{len(pairs.names):,} {name} images ({len(pairs.captions):,} captions)" for name, pairs in splits.items()]
+    print(f"{' and '.join(counts)} from {image_dir}; left out: {len(skipped) + len(bad)}")
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}, {millions:.1f} million parameters")
+    print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
+
+    if not config.resume:
+        start_run(config, model, skipped + bad)
+    pretrained = "random" not in (config.image_weights, config.text_weights)
+    if config.heads_first and pretrained and config.freeze != "both" and not (run_dir / "last.pt").exists():
+        begun = config.resume and (run_dir / "heads" / "config.json").exists()
+        print("heads first, on features of the towers held still")
+        still = replace(config, freeze="both", epochs=0, batch_size=0, run_dir=str(run_dir / "heads"), resume=begun)
+        model.load_state_dict(train(fill_in(still)).state_dict())
+
+    model.to(device, memory_format=torch.channels_last)
+    hold_still(config, model, splits, image_dir, device, dtype)
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=fused)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    history = []
+    if config.resume and (run_dir / "last.pt").exists():
+        history = load_last(run_dir / "last.pt", model, optimizer, scaler, config)
+        print(f"going on after epoch {len(history)}")
+
+    captions_of = np.split(np.argsort(training.image_of_text, kind="stable"), np.bincount(training.image_of_text).cumsum()[:-1])
+    sampler = PairSampler(captions_of, config.batch_size, config.seed)
+    dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
+    loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, fused)
+    steps, width = config.epochs * len(sampler), len(str(config.epochs))
+    for epoch in range(len(history), config.epochs):
+        started = time.perf_counter()
+        sampler.epoch = epoch
+        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # dropout's state then needs no saving
+        rsums = [row["rsum"] for row in history]
+
+        def rate_at(step):
+            return rate_factor(epoch * len(sampler) + step, steps, config, rsums)
+
+        loss = train_epoch(model, loader, optimizer, scaler, device, dtype, rate_at, f"epoch {epoch + 1}")
+        scores = validate(config, model, validation, device, dtype)
+        row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
+        row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rate_at(len(sampler) - 1)}
+        for direction in ("image_to_text", "text_to_image"):
+            row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
+        row |= {"rsum": scores["rsum"], "seconds": time.perf_counter() - started}
+        history.append(row)
+        best = row["rsum"] > max(rsums, default=-1)
+        if best:
+            save_weights(model, run_dir)
+        save_last(run_dir / "last.pt", model, optimizer, scaler, history, config)
+        write_history(run_dir / "history.csv", history)
+        recalls = [
+            "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
+        ]
+        print(
+            f"epoch {epoch + 1:{width}}/{config.epochs}  loss {loss:.3f} (chance {row['chance_loss']:.3f})  "
+            f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
+            f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    load_weights(model, run_dir)
+    draw_curves(history, run_dir / "curves.png")
+    draw_examples(model, validation, device, dtype, run_dir)
+    best = max(history, key=lambda row: row["rsum"])
+    print(
+        f"\nbest epoch {best['epoch']}, in {run_dir}; validation recall in percent (chance {100 / len(validation.names):.2f}):"
+    )
+    print(recall_table(validate(config, model, validation, device, dtype)))
+    return model
+
+
+def draw_examples(model, pairs, device, dtype, run_dir):
+    """similarity.png, some images against a caption of each; and matches.png, what captions find among all images."""
+    I_f = pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype)
+    first = np.unique(pairs.image_of_text, return_index=True)[1][:: max(1, len(pairs.names) // SHOWN_PAIRS)][:SHOWN_PAIRS]
+    T_f = [pairs.texts[i] for i in first]
+    T_f = torch.stack(T_f) if torch.is_tensor(pairs.texts) else text_features(model, T_f, device, dtype)
+    I_e = project(model.image_projection, I_f, device)
+    T_e = project(model.text_projection, T_f, device)
+    similarity = (T_e @ I_e.T).numpy()  # (SHOWN_PAIRS, n) cosines
+    own = pairs.image_of_text[first]
+    captions = [pairs.captions[i] for i in first]
+    pictures = [pairs.pictures[i] for i in own]
+    draw_similarity(pictures, captions, similarity[:, own], run_dir / "similarity.png")
+    searches = []
+    for caption, row, image in list(zip(captions, similarity, own))[:SHOWN_QUERIES]:
+        found = np.argsort(-row, kind="stable")[:SHOWN_MATCHES]
+        right = int(np.flatnonzero(found == image)[0]) if image in found else None
+        searches.append((caption, [pairs.pictures[i] for i in found], [f"{row[i]:.2f}" for i in found], right))
+    draw_matches(searches, run_dir / "matches.png")
+
+
+def main():
+    flickr8k_dir = flickr8k.find()
+    config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir else "shapes")
+    print(f"preset {preset}" + ("" if flickr8k_dir else f" (no Flickr8k in {' or '.join(flickr8k.PLACES)})"), flush=True)
+    if preset == "flickr8k" and not (config.data_dir or config.captions_path):
+        if not (flickr8k_dir or config.download):
+            raise UserError(f"no Flickr8k in {' or '.join(flickr8k.PLACES)}; pass --download, or {flickr8k.BY_HAND}")
+        config = replace(config, data_dir=str(flickr8k_dir or flickr8k.download()))
+    if preset == "shapes" and config.data_dir == PRESETS["shapes"].data_dir and not Path(config.data_dir).exists():
+        print(f"drawing the sample into {config.data_dir}", flush=True)
+        shapes.draw(config.data_dir)
+    try:
+        train(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            f"what was trained is in {config.run_dir}; --resume --run-dir {config.run_dir} goes on"
+        ) from None
+
+
+if __name__ == "__main__":
+    run_command(main)

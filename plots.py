@@ -1,0 +1,105 @@
+"""The pictures of a run and of a search: curves, a similarity matrix, grids of matches."""
+
+import os
+import sys
+import textwrap
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from storage import write_whole
+
+INK, RIGHT, SOFT = "#333333", "#2e8b57", "#999999"
+
+
+def has_display():
+    """True where a window can open."""
+    on_screen = sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    return on_screen and matplotlib.get_backend().lower() not in ("agg", "svg", "pdf", "ps")
+
+
+def save(figure, path, show=False):
+    """Writes a PNG, and opens a window if asked to and there is a display."""
+    write_whole(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
+    if show and has_display():
+        plt.show()
+    plt.close(figure)
+
+
+def draw_curves(history, path):
+    """history: a list of an epoch's values by column, as in history.csv."""
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot(epochs, [row["loss"] for row in history], color=INK, label="training loss")
+    left.plot(epochs, [row["chance_loss"] for row in history], "--", color=SOFT, label="ln(batch): chance")
+    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    left.legend(frameon=False)
+    for direction, style in (("text_to_image", "-"), ("image_to_text", "--")):
+        for k, color in zip((1, 5, 10), ("#1f4e9c", "#2e8b57", "#d2691e")):
+            values = [row[f"{direction}_R@{k}"] for row in history]
+            right.plot(epochs, values, style, color=color, label=f"{direction.replace('_', ' ')} R@{k}")
+    right.set(xlabel="epoch", ylabel="validation recall (%)", ylim=(0, 100))
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, path)
+
+
+def draw_similarity(pictures, captions, similarity, path):
+    """The paper's figure of pictures against captions.
+
+    pictures: n (h, w, 3) arrays; captions: their n captions; similarity: (n, n) cosines, a row a caption.
+    """
+    n = len(pictures)
+    figure, axes = plt.subplots(figsize=(1.1 * n + 4.5, 1.0 * n + 1.5))
+    axes.imshow(similarity, cmap="viridis", aspect="auto")
+    middle = (similarity.min() + similarity.max()) / 2
+    for row in range(n):
+        for column in range(n):
+            color = "white" if similarity[row, column] < middle else "black"
+            axes.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_yticks(range(n), [textwrap.fill(caption, 44) for caption in captions], fontsize=8)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for column, picture in enumerate(pictures):
+        inset = axes.inset_axes([column - 0.48, -1.56, 0.96, 1.0], transform=axes.transData)
+        inset.imshow(picture)
+        inset.axis("off")
+    save(figure, path)
+
+
+def draw_row(axes, pictures, titles, right=None):
+    """Pictures side by side at their own aspect ratio, each under its title; the one at position `right` is framed."""
+    for i, axis in enumerate(axes):
+        if i >= len(pictures):
+            axis.axis("off")
+            continue
+        axis.imshow(pictures[i])
+        axis.set_title(titles[i], fontsize=8, color=RIGHT if i == right else INK)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(visible=i == right, color=RIGHT, linewidth=3)
+
+
+def draw_grid(query, pictures, titles, path, show=False):
+    """The matches of one query: pictures, (h, w, 3) arrays, best first, in a grid as square as can be."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = int(np.ceil(len(pictures) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows + 0.6), squeeze=False, layout="constrained")
+    figure.suptitle(textwrap.fill(query, 26 * columns), fontsize=13)
+    for row in range(rows):
+        chosen = slice(row * columns, (row + 1) * columns)
+        draw_row(axes[row], pictures[chosen], titles[chosen])
+    save(figure, path, show)
+
+
+def draw_matches(searches, path):
+    """Several queries, a row each. searches: a list of (query, pictures, titles, position of the right one or None)."""
+    columns = max(len(pictures) for _, pictures, _, _ in searches)
+    figure = plt.figure(figsize=(1.9 * columns, 2.35 * len(searches)), layout="constrained")
+    for part, (query, pictures, titles, right) in zip(figure.subfigures(len(searches), 1, squeeze=False).flat, searches):
+        part.suptitle(query, fontsize=10, x=0.01, ha="left")
+        draw_row(part.subplots(1, columns, squeeze=False)[0], pictures, titles, right)
+    save(figure, path)

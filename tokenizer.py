@@ -1,0 +1,66 @@
+"""Captions to token ids: a tower's own tokenizer, or a WordPiece vocabulary made from the captions at hand.
+
+Everywhere a tokenizer is a `tokenizers.Tokenizer` that cuts at its `max_length` and pads to the longest text of a call,
+and one file, tokenizer.json, holds all of it.
+"""
+
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from modules import load_pretrained
+from storage import UserError, write_whole
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def train_tokenizer(captions, vocab_size, max_length):
+    """A lower-casing WordPiece tokenizer in BERT's manner, with a vocabulary of at most vocab_size from the captions."""
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False)
+    tokenizer.train_from_iterator(captions, trainer)
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return shaped(tokenizer, max_length, tokenizer.token_to_id("[PAD]"), "[PAD]")
+
+
+def pretrained_tokenizer(name, max_length):
+    """The tokenizer of a Hugging Face name or local folder. Raises UserError where it has none."""
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise UserError(f"--text-encoder {name}: a folder without a tokenizer; put its tokenizer.json or vocab.txt there")
+    whole = load_pretrained(transformers.AutoTokenizer, name)
+    pad = whole.pad_token or whole.eos_token  # GPT-2 has no padding of its own; the mask hides whatever is taken
+    return shaped(whole.backend_tokenizer, max_length, whole.convert_tokens_to_ids(pad), pad)
+
+
+def shaped(tokenizer, max_length, pad_id, pad_token):
+    """The tokenizer, set to cut at max_length tokens and to pad to the longest text of a call."""
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(pad_id=pad_id, pad_token=pad_token)
+    return tokenizer
+
+
+def save_tokenizer(tokenizer, run_dir):
+    write_whole(Path(run_dir) / "tokenizer.json", lambda path: tokenizer.save(str(path)))
+
+
+def read_tokenizer(run_dir):
+    """The tokenizer of a run folder. Raises UserError where it is missing or damaged."""
+    path = Path(run_dir) / "tokenizer.json"
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more particular
+        raise UserError(f"{path}: missing or damaged ({error}); train the run again") from None
+
+
+def tokenize(tokenizer, texts):
+    """texts: list of n strings -> (input_ids, attention_mask), (n, l) int64, l the tokens of the longest text."""
+    encodings = tokenizer.encode_batch(list(texts))
+    input_ids = torch.tensor([encoding.ids for encoding in encodings])
+    return input_ids, torch.tensor([encoding.attention_mask for encoding in encodings])
