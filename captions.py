@@ -69,10 +69,7 @@ def read_captions(path):
     text = read_text(path)
     if Path(path).suffix == ".json":
         return read_karpathy(path, text)
-    if re.match(r"[^\t\n]+#\d+\t", text):
-        rows = read_token(text)
-    else:
-        rows = read_table(path, text)
+    rows = read_token(text) if re.match(r"[^\t\n]+#\d+\t", text) else read_table(path, text)
     good = [(number, *fields) for number, fields in rows if isinstance(fields, tuple) and all(fields)]
     bad = [
         (number, fields if isinstance(fields, str) else f"empty {'caption' if fields[0] else 'file name'}")
@@ -98,7 +95,7 @@ def read_table(path, text):
     """A table with a header that names an image and a caption column, as [(row, (image, caption) or what is wrong)]."""
     header_line = text.split("\n", 1)[0]
     delimiter = max(",;\t|", key=header_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, header = [], None
     try:
         for fields in reader:

@@ -16,6 +16,7 @@ from torch import nn
 
 from config import load_run
 from dataset import center_crop, resize_image
+from device import pick_device
 from modules import ImageEncoder, ProjectionHead, TextEncoder, load_pretrained, random_text_tower
 from storage import UserError, write_whole
 from tokenizer import pretrained_tokenizer, read_tokenizer, train_tokenizer
@@ -116,8 +117,8 @@ def join_towers(config, image_encoder, text_encoder, tokenizer):
         config.projection_dim,
         config.num_projection_layers,
         config.dropout,
-        image_dropout=config.feature_dropout if config.freeze in ("image", "both") else 0.0,
-        text_dropout=config.feature_dropout if config.freeze in ("text", "both") else 0.0,
+        image_dropout=config.image_feature_dropout if config.freeze in ("image", "both") else 0.0,
+        text_dropout=config.text_feature_dropout if config.freeze in ("text", "both") else 0.0,
     )
 
 
@@ -147,22 +148,25 @@ def load_weights(model, run_dir):
         raise UserError(f"{path}: truncated, damaged or another model's ({reason}); train the run again") from None
 
 
-def load(name, device="cuda" if torch.cuda.is_available() else "cpu", jit=False):
+def load(name, device="auto", jit=False):
     """OpenAI's call: (model, preprocess) of a run folder, the model in eval mode.
 
+    device: a torch device or its name; auto takes a GPU where there is one. jit: refused, as these towers do not script.
     preprocess maps a PIL image to the (3, size, size) pixels that model.encode_image takes, in batches.
     Raises UserError for a folder that holds no usable run.
     """
+    if jit:
+        raise UserError("clip.load(jit=True): these models are not scripted; use torch.compile(model)")
     run = load_run(name)
     image_encoder = ImageEncoder(run["config"].image_encoder, "random", run["towers"]["image"]["size"])
     text_tower = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**run["towers"]["text"]))
     text_encoder = TextEncoder(text_tower, run["towers"]["pooling"])
     model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
     load_weights(model, name)
-    model.eval().to(device)
+    model.eval().to(pick_device(str(device)))
 
     def preprocess(picture):
         image = resize_image(np.asarray(picture.convert("RGB")), image_encoder.size)
         return torch.from_numpy(center_crop(image, image_encoder.size)).permute(2, 0, 1).float()
 
-    return torch.jit.script(model) if jit else model, preprocess
+    return model, preprocess

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -43,7 +42,8 @@ class Config:
     projection_dim: int = 256  # width d_e of the joint embedding
     num_projection_layers: Literal[1, 2] = 1  # 1: the paper's linear map; 2: Linear, GELU, Linear, dropout, sum, LayerNorm
     dropout: float = 0.1  # in the two-layer head
-    feature_dropout: float = 0.5  # on a frozen tower's features, which nothing else keeps from being learnt by heart
+    image_feature_dropout: float = 0.5  # on a frozen image tower's features, which are else learnt by heart
+    text_feature_dropout: float = 0.2  # on a frozen text tower's features
 
     # Training
     heads_first: bool = True  # train the heads on still towers before a tower is trained, in RUN_DIR/heads
@@ -51,7 +51,7 @@ class Config:
     batch_size: int = 0  # images a step, and so candidates for each caption; 0: 1000 where both are frozen, else 128
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
-    head_lr: float = 1e-3  # peak learning rate of the projections and the temperature
+    head_lr: float = 0.0  # peak rate of the heads and the temperature; 0: 5e-3 where both towers are frozen, else 1e-3
     weight_decay: float = 1e-3  # AdamW's, on weight matrices only
     warmup: float = 0.05  # share of all steps over which the rates rise from 0
     schedule: Literal["cosine", "plateau"] = "cosine"  # how the rates fall after the warm-up
@@ -121,25 +121,31 @@ def parse_config(arguments, default_preset):
 
 
 def fill_in(config):
-    """The Config with the numbers of epochs and images a step that fit what is trained, where they are left open.
+    """The Config with the epochs, images a step and head rate that fit what is trained, where they are left open.
 
-    Over cached features an epoch takes a fraction of a second, and a step of 1000 pairs no more memory than a picture.
+    Over cached features an epoch takes a fraction of a second and a step of 1000 pairs little memory, and heads alone
+    bear a larger rate.
     """
-    epochs, batch_size = (60, 1000) if config.freeze == "both" else (8, 128)
-    return replace(config, epochs=config.epochs or epochs, batch_size=config.batch_size or batch_size)
+    epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
+    return replace(
+        config,
+        epochs=config.epochs or epochs,
+        batch_size=config.batch_size or batch_size,
+        head_lr=config.head_lr or head_lr,
+    )
 
 
 def check(config):
     """Raises UserError for a value outside its range."""
-    positive = ["max_length", "projection_dim", "image_encoder_lr", "text_encoder_lr", "head_lr"]
+    positive = ["max_length", "projection_dim", "image_encoder_lr", "text_encoder_lr"]
     positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
     for name in positive:
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
-    for name in ["epochs", "batch_size", "size", "num_workers", "weight_decay", "patience", "seed"]:
+    for name in ["epochs", "batch_size", "size", "num_workers", "weight_decay", "patience", "seed", "head_lr"]:
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ["dropout", "feature_dropout", "warmup"]:
+    for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "warmup"]:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0 and below 1")
     for name in ["crop", "factor"]:
@@ -171,6 +177,6 @@ def load_run(run_dir):
         raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
 
 
-def parse_flags(function, description):
-    """Calls a command's function with the arguments of the command line: the one place where tyro's style is set."""
-    return tyro.cli(function, prog=Path(sys.argv[0]).name, description=description)
+def parse_flags(function, program, description, arguments):
+    """Calls a command's function with the arguments of the command line, which become flags named as its own."""
+    return tyro.cli(function, prog=program, description=description, args=arguments)

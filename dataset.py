@@ -180,7 +180,7 @@ class CLIPDataset(Dataset):
         picture = self.images[image]
         if not torch.is_tensor(picture):
             self.augment.set_random_seed(seed)
-            picture = torch.from_numpy(self.augment(image=picture)["image"]).permute(2, 0, 1)
+            picture = torch.tensor(self.augment(image=picture)["image"]).permute(2, 0, 1)
         return picture, self.texts[caption]
 
 

@@ -1,6 +1,7 @@
 """Embeds a data set and scores it: python evaluate.py retrieval --run RUN [--data-dir DIR] [--split val]."""
 
 import json
+import sys
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Literal
@@ -13,7 +14,7 @@ from tqdm import tqdm
 
 import clip
 from captions import load_captions
-from config import load_run
+from config import load_run, parse_flags
 from dataset import center_crop, pad, read_images
 from device import autocast, pick_device, pick_dtype
 from storage import UserError, run_command, write_whole
@@ -26,14 +27,19 @@ IMAGE_BATCH, TEXT_BATCH = 64, 256  # what embedding takes at a time; memory and 
 
 
 @torch.no_grad()
-def image_features(model, pictures, device, dtype, desc="images"):
-    """The image tower's features of pictures, an iterable of uint8 arrays from `dataset`: (n, d_i), fp32, on the CPU."""
+def image_features(model, pictures, device, dtype, total):
+    """The image tower's features of pictures, an iterable of about `total` uint8 arrays from `dataset`.
+
+    Returns (n, d_i), fp32, on the CPU; n is 0 where there are no pictures.
+    """
     model.eval()
-    encoder, features = model.image_encoder, []
-    crops = (torch.from_numpy(center_crop(picture, encoder.size)) for picture in pictures)
-    with tqdm(total=len(pictures) if hasattr(pictures, "__len__") else None, desc=desc, leave=False, disable=None) as progress:
+    encoder, features = model.image_encoder, [torch.empty(0, model.image_encoder.width)]
+    crops = (center_crop(picture, encoder.size) for picture in pictures)
+    with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
         while batch := list(islice(crops, IMAGE_BATCH)):
-            image = torch.stack(batch).to(device).permute(0, 3, 1, 2)  # (n, 3, size, size), channels last in memory
+            image = (
+                torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2)
+            )  # (n, 3, size, size), channels last in memory
             with autocast(device, dtype):
                 features.append(encoder(image).float().cpu())
             progress.update(len(batch))
@@ -41,12 +47,12 @@ def image_features(model, pictures, device, dtype, desc="images"):
 
 
 @torch.no_grad()
-def text_features(model, texts, device, dtype, desc="captions"):
+def text_features(model, texts, device, dtype):
     """The text tower's features of m lists of token ids: (m, d_t), fp32, on the CPU."""
     model.eval()
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # captions of like length need little padding
     features = torch.empty(len(texts), model.text_encoder.width)
-    for start in tqdm(range(0, len(order), TEXT_BATCH), desc=desc, leave=False, disable=None):
+    for start in tqdm(range(0, len(order), TEXT_BATCH), desc="captions", leave=False, disable=None):
         rows = order[start : start + TEXT_BATCH]
         input_ids, attention_mask = pad([texts[i] for i in rows], model.tokenizer.padding["pad_id"])
         with autocast(device, dtype):
@@ -174,8 +180,10 @@ def retrieval(
             else:
                 yield picture
 
-    I_f = image_features(model, pictures(), device, dtype)
+    I_f = image_features(model, pictures(), device, dtype, len(names))
     chosen = chosen[~chosen["image"].isin(bad)]
+    if chosen.empty:
+        raise UserError(f"{image_dir}: none of its {len(names)} pictures can be decoded")
     names, image_of_text = positions_of_images(chosen)
     T_f = text_features(model, token_ids(model.tokenizer, chosen["caption"]), device, dtype)
     scores = {"images": len(names), "captions": len(chosen)} | score(model, I_f, T_f, image_of_text, device)
@@ -187,8 +195,17 @@ def retrieval(
         write_whole(json_path, lambda path: Path(path).write_text(json.dumps(scores, indent=2) + "\n"))
 
 
+TASKS = {"retrieval": retrieval}
+
+
 def main():
-    tyro.extras.subcommand_cli_from_dict({"retrieval": retrieval}, description=__doc__, prog="evaluate.py")
+    task, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
+    if task in ("-h", "--help"):
+        print(f"{__doc__}\n\nTasks: {', '.join(TASKS)}; python evaluate.py TASK --help lists the flags of one.")
+    elif task not in TASKS:
+        raise UserError(f"task {task!r} is unknown; there are {', '.join(TASKS)}")
+    else:
+        parse_flags(TASKS[task], f"evaluate.py {task}", None, arguments)
 
 
 if __name__ == "__main__":

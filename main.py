@@ -4,6 +4,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -105,12 +106,13 @@ def hold_still(config, model, splits, image_dir, device, dtype):
             files = file_facts([image_dir / name for name in pairs.names])
             key = key_of(key_of_weights(model.image_encoder), model.image_encoder.size, dtype, files)
             path = Path(config.cache_dir) / f"image-features-{key}.npy"
-            features = cached_array(path, lambda: image_features(model, pairs.pictures, device, dtype).numpy())
+            compute = partial(image_features, model, pairs.pictures, device, dtype, len(pairs.pictures))
+            features = cached_array(path, compute)
             pairs.images = torch.from_numpy(features)
         if config.freeze in ("text", "both"):
             key = key_of(key_of_weights(model.text_encoder), model.text_encoder.pooling, dtype, pairs.texts)
             path = Path(config.cache_dir) / f"text-features-{key}.npy"
-            features = cached_array(path, lambda: text_features(model, pairs.texts, device, dtype).numpy())
+            features = cached_array(path, partial(text_features, model, pairs.texts, device, dtype))
             pairs.texts = torch.from_numpy(features)
     if config.freeze in ("image", "both"):
         model.image_encoder.requires_grad_(False)
@@ -123,8 +125,8 @@ def hold_still(config, model, splits, image_dir, device, dtype):
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(model, loader, optimizer, scaler, device, dtype, rate_at, desc):
-    """One pass over the training images; returns the mean loss. rate_at: maps a step of this epoch to a rate factor.
+def train_epoch(model, loader, optimizer, scaler, device, dtype, rates, desc):
+    """One pass over the training images; returns the mean loss. rates: each step's rate factor.
 
     Raises UserError at a loss that is not finite.
     """
@@ -137,7 +139,7 @@ def train_epoch(model, loader, optimizer, scaler, device, dtype, rate_at, desc):
     for step, batch in enumerate(progress):
         image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch.values())
         for group in optimizer.param_groups:
-            group["lr"] = group["peak"] * rate_at(step)
+            group["lr"] = group["peak"] * rates[step]
         with autocast(device, dtype):
             logits, _ = model(image, text, mask)
         loss = contrastive_loss(logits.float())
@@ -161,7 +163,9 @@ def train_epoch(model, loader, optimizer, scaler, device, dtype, rate_at, desc):
 
 def validate(config, model, pairs, device, dtype):
     """The scores of `evaluate.recall` on a split; features of towers that train are computed anew."""
-    I_f = pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype)
+    I_f = (
+        pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype, len(pairs.images))
+    )
     T_f = pairs.texts if torch.is_tensor(pairs.texts) else text_features(model, pairs.texts, device, dtype)
     return score(model, I_f, T_f, pairs.image_of_text, device)
 
@@ -191,7 +195,7 @@ def train(config):
     if config.heads_first and pretrained and config.freeze != "both" and not (run_dir / "last.pt").exists():
         begun = config.resume and (run_dir / "heads" / "config.json").exists()
         print("heads first, on features of the towers held still")
-        still = replace(config, freeze="both", epochs=0, batch_size=0, run_dir=str(run_dir / "heads"), resume=begun)
+        still = replace(config, freeze="both", epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun)
         model.load_state_dict(train(fill_in(still)).state_dict())
 
     model.to(device, memory_format=torch.channels_last)
@@ -214,14 +218,12 @@ def train(config):
         sampler.epoch = epoch
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # dropout's state then needs no saving
         rsums = [row["rsum"] for row in history]
-
-        def rate_at(step):
-            return rate_factor(epoch * len(sampler) + step, steps, config, rsums)
-
-        loss = train_epoch(model, loader, optimizer, scaler, device, dtype, rate_at, f"epoch {epoch + 1}")
+        first = epoch * len(sampler)
+        rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + len(sampler))]
+        loss = train_epoch(model, loader, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}")
         scores = validate(config, model, validation, device, dtype)
         row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
-        row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rate_at(len(sampler) - 1)}
+        row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
         for direction in ("image_to_text", "text_to_image"):
             row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
         row |= {"rsum": scores["rsum"], "seconds": time.perf_counter() - started}
@@ -254,7 +256,9 @@ def train(config):
 
 def draw_examples(model, pairs, device, dtype, run_dir):
     """similarity.png, some images against a caption of each; and matches.png, what captions find among all images."""
-    I_f = pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype)
+    I_f = (
+        pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype, len(pairs.images))
+    )
     first = np.unique(pairs.image_of_text, return_index=True)[1][:: max(1, len(pairs.names) // SHOWN_PAIRS)][:SHOWN_PAIRS]
     T_f = [pairs.texts[i] for i in first]
     T_f = torch.stack(T_f) if torch.is_tensor(pairs.texts) else text_features(model, T_f, device, dtype)

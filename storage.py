@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
 
 class UserError(Exception):
     """Something the user can mend: one line that names the value, the place and the remedy."""
@@ -40,9 +42,9 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in CANNOT_WRITE:
             raise
-        raise UserError(f"{path}: cannot be written ({error.strerror}); free some space or name another folder") from None
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space, or name another place") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -71,11 +73,11 @@ def key_of_weights(module):
 
 
 def cached_array(path, compute):
-    """The array in the .npy file `path`; where there is none that reads, compute() makes it and it is kept there."""
+    """The array in the .npy file `path`; where none is that reads, compute() makes it (array or tensor) and it is kept."""
     try:
         return np.load(path)
     except (OSError, ValueError, EOFError):
-        array = compute()
+        array = np.asarray(compute())
 
     def write(temporary):
         with open(temporary, "wb") as file:

@@ -1,0 +1,147 @@
+"""Searches pictures with words: python inference.py "a dog runs on the beach" [--run RUN] [--images FOLDER]."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+
+import clip
+from captions import load_captions
+from config import load_run, parse_flags
+from dataset import read_image, read_images
+from device import autocast, pick_device, pick_dtype
+from evaluate import image_features, project
+from plots import draw_grid
+from storage import UserError, cached_array, file_facts, key_of, key_of_weights, run_command, write_whole
+from tokenizer import tokenize
+
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+GRID_PIXELS = 320  # shorter side of the pictures in a grid
+
+
+def find_matches(model, image_embeddings, query, image_filenames, n=9, output=None, show=False):
+    """The n pictures that match a text best, as [(filename, score)], best first.
+
+    image_embeddings: (N, d_e), each of length 1. image_filenames: N paths. Scores are cosines, -1 to 1; where n is
+    larger than N there are N matches. output: a PNG to draw the matches into; show opens a window on it.
+    Raises UserError for an empty query.
+    """
+    if not query.strip():
+        raise UserError('the query is empty; say what the picture should show, as in python inference.py "a dog"')
+    device = model.logit_scale.device
+    input_ids, attention_mask = tokenize(model.tokenizer, [query])
+    with torch.no_grad():
+        T_f = model.text_features(input_ids.to(device), attention_mask.to(device))  # (1, d_t)
+    T_e = project(model.text_projection, T_f, device)  # (1, d_e)
+    scores, order = (image_embeddings @ T_e[0]).topk(min(n, len(image_filenames)))
+    matches = [(image_filenames[i], score) for i, score in zip(order.tolist(), scores.tolist())]
+    if output:
+        titles = [f"{score:.3f}  {Path(name).name}" for name, score in matches]
+        draw_grid(query, [read_image(name, GRID_PIXELS) for name, _ in matches], titles, output, show)
+    return matches
+
+
+def newest_run():
+    """The run folder under runs/ whose weights are the newest. Raises UserError where there is none."""
+    weights = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
+    if not weights:
+        raise UserError("runs/ holds no trained run; train one with python main.py, or name one with --run")
+    return str(weights[-1].parent)
+
+
+def gallery(run, images):
+    """The paths of the pictures to search: those under a folder, or the run's own validation pictures."""
+    if images:
+        if not Path(images).is_dir():
+            raise UserError(f"--images {images}: no such folder")
+        paths = sorted(path for path in Path(images).rglob("*") if path.suffix.lower() in PICTURE_ENDINGS and path.is_file())
+        if not paths:
+            raise UserError(f"--images {images}: no pictures there ({', '.join(sorted(PICTURE_ENDINGS))})")
+        return paths
+    config = load_run(run)["config"]
+    table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad, config.seed)
+    return [image_dir / name for name in table["image"][table["split"] == "val"].unique()]
+
+
+def embed_gallery(model, paths, cache_dir, device, dtype, num_workers=0):
+    """(paths, embeddings) of the pictures that can be read, (N, d_e) of length 1; kept on disk for the next query.
+
+    Raises UserError where none can be read.
+    """
+    key = key_of(key_of_weights(model), model.image_encoder.size, dtype, file_facts(paths))
+    bad = []
+
+    def pictures():
+        for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
+            if problem:
+                bad.append(position)
+            else:
+                yield picture
+
+    def embed():
+        I_e = project(model.image_projection, image_features(model, pictures(), device, dtype, len(paths)), device)
+        whole = np.full((len(paths), I_e.shape[1]), np.nan, dtype=np.float32)  # NaN marks a picture that cannot be read
+        whole[np.setdiff1d(np.arange(len(paths)), bad)] = I_e.numpy()
+        return whole
+
+    embeddings = cached_array(Path(cache_dir) / f"gallery-{key}.npy", embed)
+    good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
+    if len(good) == 0:
+        raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
+    if len(good) < len(paths):
+        print(f"left out {len(paths) - len(good)} pictures that cannot be decoded")
+    return [str(paths[i]) for i in good], torch.from_numpy(embeddings[good])
+
+
+def search(
+    query: tyro.conf.Positional[str],
+    run: str = "",
+    images: str = "",
+    n: int = 9,
+    output: str = "matches.png",
+    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
+    cache_dir: str = ".cache",
+    num_workers: int = 4,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+):
+    """Finds the pictures that match a text best, prints them, and draws them.
+
+    Args:
+        query: what the picture should show
+        run: run folder; empty: the newest under runs/
+        images: folder to search, with its subfolders; empty: the run's own validation pictures
+        n: pictures to find
+        output: PNG of the matches
+        json_path: file for the matches
+        cache_dir: folder where embeddings are kept for the next query
+        num_workers: threads that decode pictures
+        device: auto, cpu, cuda, cuda:1, mps
+        precision: of matrix products; auto: bf16 where native, else fp32
+    """
+    if n < 1:
+        raise UserError(f"--n {n}: must be 1 or more")
+    if not query.strip():
+        raise UserError('the query is empty; say what the picture should show, as in python inference.py "a dog"')
+    run = run or newest_run()
+    device = pick_device(device)
+    dtype = pick_dtype(precision, device)
+    model, _ = clip.load(run, device)
+    paths, image_embeddings = embed_gallery(model, gallery(run, images), cache_dir, device, dtype, num_workers)
+    print(f"{query!r} among {len(paths):,} pictures, with {run}:")
+    with autocast(device, dtype):
+        matches = find_matches(model, image_embeddings, query, paths, n, output, show=True)
+    for name, score in matches:
+        print(f"{score:7.3f}  {name}")
+    print(f"drawn in {output}")
+    if json_path:
+        found = {"query": query, "matches": [{"filename": name, "score": score} for name, score in matches]}
+        write_whole(json_path, lambda path: Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(search, "inference.py", None, sys.argv[1:]))

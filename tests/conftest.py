@@ -1,0 +1,51 @@
+import os
+
+os.environ["MPLBACKEND"] = "agg"  # no test opens a window
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from Datasets import shapes
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+def run_script(*arguments, cwd=ROOT):
+    """Runs a command of the project and returns the finished process."""
+    command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture(scope="session")
+def sample(tmp_path_factory):
+    """A small drawn sample: 96 training, 24 validation and 24 test images."""
+    folder = tmp_path_factory.mktemp("data") / "sample"
+    shapes.draw(folder, train=96, val=24, test=24, seed=1)
+    return folder
+
+
+@pytest.fixture
+def small_flags(sample, tmp_path):
+    """Flags that train on the small sample in a second."""
+
+    def flags(run_dir="run", **options):
+        options = {
+            "data_dir": sample, "run_dir": tmp_path / run_dir, "cache_dir": tmp_path / "cache", "text_layers": 1,
+            "text_width": 32, "text_heads": 2, "batch_size": 32, "epochs": 2, "precision": "fp32", "device": "cpu",
+        } | options  # fmt: skip
+        pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+        return ["shapes", *(word for pair in pairs for word in pair)]
+
+    return flags
+
+
+@pytest.fixture
+def real_photographs():
+    if not (SHARED / "flickr8k").is_dir():
+        pytest.skip("../shared/flickr8k is not here")
+    return SHARED

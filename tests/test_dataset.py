@@ -1,0 +1,177 @@
+"""Pictures, the cache of decoded ones, batches, and the drawn sample."""
+
+import csv
+import pickle
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dataset import CLIPDataset, PairSampler, center_crop, decode_images, pad, read_image, resize_image, train_loader
+from Datasets import shapes
+from storage import UserError
+
+
+def write_picture(path, height, width, seed=0):
+    rng = np.random.default_rng(seed)
+    picture = cv2.resize(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    Image.fromarray(picture).save(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return [write_picture(tmp_path / f"{i}.png", 40 + 7 * i, 60, seed=i) for i in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"), [((60, 40), (48, 32)), ((40, 60), (32, 48)), ((10, 10), (32, 32)), ((10, 500), (32, 96))]
+)
+def test_shorter_side_gets_the_size_and_panoramas_are_cut(shape, expected):
+    assert resize_image(np.zeros((*shape, 3), np.uint8), 32).shape == (*expected, 3)
+
+
+def test_center_crop_takes_the_middle():
+    image = np.arange(4 * 8 * 3).reshape(4, 8, 3)
+    assert (center_crop(image, 4) == image[:, 2:6]).all()
+
+
+def test_reading_agrees_with_pillow_and_obeys_exif(tmp_path):
+    picture = Image.new("RGB", (40, 20), (200, 30, 30))
+    picture.paste((20, 40, 220), (20, 0, 40, 20))  # red on the left, blue on the right
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned by a quarter clockwise
+    picture.save(tmp_path / "turned.jpg", exif=exif, quality=95)
+    image = read_image(tmp_path / "turned.jpg", 20)
+    assert image.shape == (40, 20, 3)
+    assert image[5, 10, 0] > 150 and image[35, 10, 2] > 150  # red above, blue below, and red comes first
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])
+def test_every_colour_mode_becomes_rgb(tmp_path, mode):
+    path = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    Image.new("RGB", (20, 20), (128, 128, 128)).convert(mode).save(path)
+    assert read_image(path, 16).shape == (16, 16, 3)
+
+
+def damaged(path, kind):
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "text": b"not a picture", "truncated": data[: len(data) // 2]}[kind])
+
+
+@pytest.mark.parametrize("kind", ["empty", "text", "truncated"])
+def test_a_damaged_picture_is_named_and_leaves_no_cache(pictures, tmp_path, kind):
+    damaged(pictures[2], kind)
+    with pytest.raises(UserError, match=r"2\.png.*--skip-bad"):
+        decode_images(pictures, 32, tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+    images, bad = decode_images(pictures, 32, tmp_path / "cache", skip_bad=True)
+    assert list(bad) == [2]
+    assert (images[3] == read_image(pictures[3], 32)).all()
+
+
+def test_truncated_jpegs_are_refused(tmp_path):
+    path = tmp_path / "a.jpg"
+    write_picture(path, 60, 60)
+    damaged(path, "truncated")
+    with pytest.raises(ValueError, match="truncated"):
+        read_image(path, 32)
+
+
+def test_cache_holds_what_reading_gives_notices_changes_and_travels_to_workers(pictures, tmp_path, capsys):
+    images, bad = decode_images(pictures, 32, tmp_path / "cache", num_workers=2)
+    assert bad == {} and len(images) == 5
+    for i, path in enumerate(pictures):
+        assert (images[i] == read_image(path, 32)).all()
+    assert len(pickle.dumps(images)) < 500
+    assert (pickle.loads(pickle.dumps(images))[4] == images[4]).all()
+    capsys.readouterr()
+    decode_images(pictures, 32, tmp_path / "cache")
+    assert capsys.readouterr().out == ""  # the second time nothing is decoded
+    write_picture(pictures[0], 50, 50, seed=9)
+    assert (decode_images(pictures, 32, tmp_path / "cache")[0][0] == read_image(pictures[0], 32)).all()
+
+
+def test_a_truncated_cache_is_made_anew(pictures, tmp_path):
+    images, _ = decode_images(pictures, 32, tmp_path / "cache")
+    pixels = images.folder / "pixels.bin"
+    expected = images[4].copy()
+    del images
+    pixels.write_bytes(pixels.read_bytes()[:-100])
+    assert (decode_images(pictures, 32, tmp_path / "cache")[0][4] == expected).all()
+
+
+def test_a_batch_holds_an_image_once_with_a_caption_of_its_own():
+    captions_of = [np.arange(start, start + 1 + start % 4) for start in range(0, 50, 5)]
+    owner = {caption: image for image, captions in enumerate(captions_of) for caption in captions}
+    sampler, seen = PairSampler(captions_of, batch_size=4, seed=0), set()
+    for sampler.epoch in range(30):
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [4, 4]
+        images = [image for batch in batches for image, _, _ in batch]
+        assert len(set(images)) == 8
+        assert all(owner[caption] == image for batch in batches for image, caption, _ in batch)
+        seen |= {caption for batch in batches for _, caption, _ in batch}
+    assert seen == set(owner)  # every caption is drawn sooner or later
+
+
+def test_an_epoch_is_the_same_again_and_with_workers(pictures, tmp_path):
+    images, _ = decode_images(pictures, 32, tmp_path / "cache")
+    texts = [[1] * (i + 1) for i in range(10)]
+    dataset = CLIPDataset(images, texts, size=32, crop=0.6)
+    captions_of = [np.array([2 * i, 2 * i + 1]) for i in range(5)]
+
+    def epoch(number, workers):
+        sampler = PairSampler(captions_of, 2, seed=0)
+        sampler.epoch = number
+        return list(train_loader(dataset, sampler, 0, workers))
+
+    first, again, other = epoch(3, 0), epoch(3, 2), epoch(4, 0)
+    assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again) for name in a)
+    assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, other))
+    assert first[0]["image"].shape == (2, 3, 32, 32)
+    assert first[0]["text"].shape == first[0]["attention_mask"].shape
+
+
+def test_padding_reaches_the_longest_of_the_batch():
+    input_ids, mask = pad([[5, 6, 7], [8]], pad_id=9)
+    assert input_ids.tolist() == [[5, 6, 7], [8, 9, 9]]
+    assert mask.tolist() == [[1, 1, 1], [1, 0, 0]]
+
+
+def test_the_sample_is_the_same_for_the_same_seed(tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        shapes.draw(tmp_path / name, train=6, val=2, test=2, seed=seed)
+    text = {name: (tmp_path / name / "captions.txt").read_text() for name in "abc"}
+    assert text["a"] == text["b"] != text["c"]
+    for path in (tmp_path / "a" / "Images").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / "Images" / path.name).read_bytes()
+
+
+def test_held_out_looks_occur_in_the_test_split_only(sample):
+    words = {color: names for color, (names, _) in shapes.COLORS.items()}
+    held_out = [f"{c} {s}" for color, shape in shapes.HELD_OUT for c in words[color] for s in shapes.SHAPES[shape]]
+    with open(sample / "captions.txt", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {}
+    for split in ("train", "dev", "test"):
+        names = set((sample / f"shapes.{split}Images.txt").read_text().split())
+        captions = [row["caption"] for row in rows if row["image"] in names]
+        assert len(captions) == 5 * len(names)
+        found[split] = sum(any(look in caption for look in held_out) for caption in captions)
+    assert found["train"] == found["dev"] == 0 < found["test"]
+
+
+def test_captions_tell_the_truth_about_places():
+    thing = shapes.Thing
+    scene = shapes.Scene((thing("red", "circle", "small", (0, 0)), thing("blue", "star", "large", (0, 2))), "grey")
+    import random
+
+    for seed in range(50):
+        relation, _, ground, *_ = shapes.captions(scene, random.Random(seed))
+        red_first = relation.index("circle" if "circle" in relation else "disc") < relation.index("star")
+        assert ("left" in relation) == red_first and ("right" in relation) != red_first
+        assert "above" not in relation and "below" not in relation
+        assert "grey" in ground

@@ -1,0 +1,97 @@
+"""The loss, its gradients and the model's forward pass against independent references."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip import ClipLoss
+from torch import nn
+
+from clip import CLIPModel, contrastive_loss
+from modules import ProjectionHead
+
+
+def loss_by_hand(logits):
+    """The pseudocode with explicit loops."""
+    n, total = len(logits), 0.0
+    for i in range(n):
+        for line in (logits[i], logits[:, i]):
+            total -= line[i] - math.log(sum(math.exp(value) for value in line))
+    return total / (2 * n)
+
+
+def test_loss_and_gradient_equal_a_numpy_loop():
+    logits = np.random.default_rng(0).normal(size=(5, 5)) * 3
+    tensor = torch.tensor(logits, requires_grad=True)
+    loss = contrastive_loss(tensor)
+    loss.backward()
+    assert loss.item() == pytest.approx(loss_by_hand(logits), abs=1e-12)
+    step = 1e-6
+    for i, j in np.ndindex(5, 5):
+        moved = logits.copy()
+        moved[i, j] += step
+        slope = (loss_by_hand(moved) - loss_by_hand(logits)) / step
+        assert tensor.grad[i, j].item() == pytest.approx(slope, abs=1e-5)
+
+
+def test_loss_and_gradients_equal_open_clip():
+    generator = torch.Generator().manual_seed(0)
+    start = [F.normalize(torch.randn(7, 16, generator=generator), dim=1) for _ in range(2)]
+    results = []
+    for ours in (True, False):
+        images, texts = (features.clone().requires_grad_() for features in start)
+        scale = torch.tensor(14.0, requires_grad=True)
+        loss = contrastive_loss(scale * images @ texts.T) if ours else ClipLoss()(images, texts, scale)
+        results.append([loss.detach(), *torch.autograd.grad(loss, [images, texts, scale])])
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_loss_of_equal_logits_is_chance():
+    assert contrastive_loss(torch.zeros(64, 64)).item() == pytest.approx(math.log(64))
+
+
+class Tower(nn.Module):
+    width = 6
+
+
+def test_forward_is_scaled_cosines_and_takes_features():
+    torch.manual_seed(0)
+    model = CLIPModel(Tower(), Tower(), None, projection_dim=4).eval()
+    images, texts = torch.randn(3, 6), torch.randn(3, 6)
+    per_image, per_text = model(images, texts)
+    W_i, W_t = model.image_projection.projection.weight, model.text_projection.projection.weight
+    for i in range(3):
+        for j in range(3):
+            a, b = W_i @ images[i], W_t @ texts[j]
+            expected = (a @ b / a.norm() / b.norm() / 0.07).item()
+            assert per_image[i, j].item() == pytest.approx(expected, rel=1e-5)
+            assert per_text[j, i].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_one_layer_head_is_linear_without_bias():
+    head = ProjectionHead(6, 4).eval()
+    assert [tuple(parameter.shape) for parameter in head.parameters()] == [(4, 6)]
+    assert not head(torch.zeros(2, 6)).any()
+
+
+def test_two_layer_head_is_the_residual_one_of_the_teaching_scripts():
+    torch.manual_seed(0)
+    head = ProjectionHead(6, 4, layers=2).eval()
+    x = torch.randn(3, 6)
+    projected = x @ head.projection.weight.T
+    linear = head.residual[1]
+    inner = projected + F.gelu(projected) @ linear.weight.T + linear.bias
+    expected = (inner - inner.mean(1, keepdim=True)) / (inner.var(1, unbiased=False, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(head(x), expected)
+
+
+def test_standardised_features_have_mean_0_and_deviation_1():
+    features = torch.randn(50, 6) * torch.tensor([1, 10, 100, 0.1, 5, 1]) + 7
+    head = ProjectionHead(6, 4)
+    head.standardise(features)
+    scaled = (features - head.mean) / head.std
+    torch.testing.assert_close(scaled.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
+    torch.testing.assert_close(scaled.std(0), torch.ones(6))

@@ -1,0 +1,136 @@
+"""Towers: pixels, pooling, weights, tokenizers."""
+
+import json
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+import transformers
+
+from config import Config
+from modules import ImageEncoder, TextEncoder, random_text_tower
+from storage import UserError
+from tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
+
+CAPTIONS = ["a red circle is left of a blue square", "two dogs run over the grass", "a dog jumps"]
+
+
+def text_encoder(model_type, pooling="auto"):
+    torch.manual_seed(0)
+    config = random_text_tower(model_type, width=32, layers=2, heads=4, vocab_size=60, max_length=16)
+    return TextEncoder(transformers.AutoModel.from_config(config), pooling).eval()
+
+
+def test_pixels_are_normalised_as_timm_says():
+    torch.manual_seed(0)
+    encoder = ImageEncoder("tf_efficientnet_lite0").eval()
+    data = timm.data.resolve_model_data_config(encoder.tower)
+    assert data["mean"] == (0.5, 0.5, 0.5) and encoder.size == 224  # not ImageNet's mean
+    image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    expected = encoder.tower((image / 255 - 0.5) / 0.5)
+    torch.testing.assert_close(encoder(image), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext"])
+def test_any_timm_tower_gives_features_of_its_width_at_another_size(name):
+    encoder = ImageEncoder(name, size=96).eval()
+    assert encoder(torch.zeros(2, 3, 96, 96)).shape == (2, encoder.width)
+
+
+def test_a_local_weight_file_gives_timms_features(tmp_path):
+    torch.manual_seed(0)
+    source = timm.create_model("test_resnet").eval()
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    torch.save(source.state_dict(), tmp_path / "weights.pth")
+    image = torch.randint(0, 256, (2, 3, 160, 160), dtype=torch.uint8)
+    for file in ("weights.safetensors", "weights.pth"):
+        encoder = ImageEncoder("test_resnet", str(tmp_path / file)).eval()
+        expected = source.forward_head(source.forward_features((image - encoder.mean) / encoder.std), pre_logits=True)
+        torch.testing.assert_close(encoder(image), expected)
+
+
+def test_unfit_weight_files_and_unknown_names_are_named(tmp_path):
+    safetensors.torch.save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, weights, expected in [
+        ("test_resnet", tmp_path / "vit.safetensors", "does not fit test_resnet"),
+        ("test_resnet", tmp_path / "text.safetensors", "cannot be read"),
+        ("test_resnet", tmp_path / "nowhere.pth", "no such file"),
+        ("resnet5000", "random", "timm has no such model"),
+        ("resnet50", "pretrained", "--image-weights"),
+    ]:
+        with pytest.raises(UserError, match=expected):
+            ImageEncoder(name, str(weights))
+
+
+@pytest.mark.parametrize(("model_type", "pooling"), [("distilbert", "mean"), ("bert", "mean"), ("gpt2", "last")])
+def test_auto_pooling_fits_the_tower(model_type, pooling):
+    assert text_encoder(model_type).pooling == pooling
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "gpt2"])
+@pytest.mark.parametrize("pooling", ["first", "mean", "last"])
+def test_padding_does_not_leak_into_features(model_type, pooling):
+    encoder = text_encoder(model_type, pooling)
+    ids = torch.tensor([[5, 6, 7]])
+    padded, mask = torch.tensor([[5, 6, 7, 9, 9]]), torch.tensor([[1, 1, 1, 0, 0]])
+    torch.testing.assert_close(encoder(ids, torch.ones_like(ids)), encoder(padded, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_pooling_by_hand():
+    hidden = text_encoder("distilbert").tower(torch.tensor([[5, 6, 7]])).last_hidden_state[0]
+    for pooling, expected in {"first": hidden[0], "last": hidden[2], "mean": hidden.mean(0)}.items():
+        features = text_encoder("distilbert", pooling)(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]]))
+        torch.testing.assert_close(features[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_causal_tower_pooled_at_its_first_token_sees_one_word():
+    a, b = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 9]])
+    mask = torch.ones_like(a)
+    first, last = text_encoder("gpt2", "first"), text_encoder("gpt2")
+    torch.testing.assert_close(first(a, mask), first(b, mask))
+    assert (last(a, mask) - last(b, mask)).abs().max() > 0.1
+
+
+def test_vocabulary_from_captions_is_the_same_again_and_cuts_long_texts():
+    first, again = (train_tokenizer(CAPTIONS, vocab_size=80, max_length=6) for _ in range(2))
+    assert first.to_str() == again.to_str()
+    input_ids, mask = tokenize(first, ["A dog jumps", "two dogs run over the grass"])
+    assert input_ids.shape == mask.shape == (2, 6)
+    assert mask.sum(1).tolist() == [5, 6]
+    assert first.decode(input_ids[0].tolist()) == "a dog jumps"
+
+
+def test_a_pretrained_folder_loads_with_its_tokenizer(tmp_path):
+    tokenizer = train_tokenizer(CAPTIONS, vocab_size=80, max_length=16)
+    whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    whole.save_pretrained(tmp_path)
+    config = random_text_tower("distilbert", 32, 1, 4, tokenizer.get_vocab_size(), 16)
+    transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
+    loaded = pretrained_tokenizer(str(tmp_path), max_length=16)
+    assert tokenize(loaded, CAPTIONS)[0].tolist() == tokenize(tokenizer, CAPTIONS)[0].tolist()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).unlink()
+    with pytest.raises(UserError, match="without a tokenizer"):
+        pretrained_tokenizer(str(tmp_path), max_length=16)
+
+
+def test_text_encoders_that_cannot_be_had_are_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.*local folder"):
+        pretrained_tokenizer("nowhere/at-all", max_length=16)
+    with pytest.raises(UserError, match="distilbert, bert or gpt2"):
+        text_encoder("no-such-type")
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
+    with pytest.raises(UserError, match="--text-encoder"):
+        from modules import load_pretrained
+
+        load_pretrained(transformers.AutoModel, str(tmp_path))
+
+
+def test_defaults_are_the_families_own():
+    config = Config()
+    assert (config.image_encoder, config.text_encoder) == ("resnet50", "distilbert-base-uncased")
+    tower = random_text_tower("distilbert", config.text_width, config.text_layers, config.text_heads, 30522, 512)
+    assert tower.to_dict() == transformers.DistilBertConfig().to_dict()

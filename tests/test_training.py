@@ -1,0 +1,308 @@
+"""Training end to end: run folders, resuming, frozen towers, rates, and the errors of a run."""
+
+import json
+import math
+import re
+import shutil
+
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from conftest import run_script
+
+import clip
+import main
+from config import Config, parse_config
+from storage import UserError
+
+RUN_FILES = {
+    "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png", "similarity.png",
+    "matches.png",
+}  # fmt: skip
+
+
+def train(flags, *more):
+    config, _ = parse_config([*flags, *more], "shapes")
+    return main.train(config)
+
+
+def weights(run_dir):
+    return safetensors.torch.load_file(run_dir / "model.safetensors")
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_folder_is_complete_and_loads_without_its_sources(small_flags, tmp_path):
+    model = train(small_flags())
+    assert {path.name for path in (tmp_path / "run").iterdir()} == RUN_FILES
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert list(history["epoch"]) == [1, 2]
+    assert history["chance_loss"].tolist() == pytest.approx([math.log(32)] * 2)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    loaded, preprocess = clip.load(tmp_path / "moved", device="cpu")
+    assert_equal_weights(model.state_dict(), loaded.state_dict())
+    assert loaded.tokenizer.to_str() == model.tokenizer.to_str()
+
+
+def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_path):
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(small_flags(run, seed=seed))
+    assert_equal_weights(weights(tmp_path / "a"), weights(tmp_path / "b"))
+    other = weights(tmp_path / "c")
+    assert not all(torch.equal(value, other[name]) for name, value in weights(tmp_path / "a").items())
+
+
+@pytest.mark.parametrize("options", [{}, {"freeze": "image"}, {"schedule": "plateau", "patience": 0}])
+def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkeypatch, options):
+    train(small_flags("whole", epochs=4, **options))
+    calls, train_epoch = [], main.train_epoch
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return train_epoch(*arguments)
+
+    monkeypatch.setattr(main, "train_epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(small_flags("halves", epochs=4, **options))
+    assert (tmp_path / "halves" / "last.pt").exists()
+    main.train(parse_config(["shapes", "--run-dir", str(tmp_path / "halves"), "--resume"], "shapes")[0])
+    whole, halves = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "halves"))
+    assert_equal_weights(whole["model"], halves["model"])
+    assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
+    columns = ["epoch", "loss", "rsum", "rate_factor"]
+    assert [[row[c] for c in columns] for row in whole["history"]] == [[row[c] for c in columns] for row in halves["history"]]
+
+
+def test_an_earlier_run_moves_aside(small_flags, tmp_path, capsys):
+    train(small_flags(epochs=1))
+    before = weights(tmp_path / "run")
+    train(small_flags(epochs=1, seed=1))
+    assert "run.1" in capsys.readouterr().out
+    assert_equal_weights(before, weights(tmp_path / "run.1"))
+
+
+@pytest.mark.parametrize("freeze", ["image", "text", "both"])
+def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, freeze, monkeypatch):
+    config, _ = parse_config(small_flags(freeze=freeze), "shapes")
+    torch.manual_seed(config.seed)
+    table, _, _ = main.load_captions(config.data_dir)
+    start = clip.create_model(config, table["caption"][table["split"] == "train"]).state_dict()
+    main.train(config)
+    end = weights(tmp_path / "run")
+    for tower in ("image", "text"):
+        names = [name for name in start if name.startswith(f"{tower}_encoder.")]
+        still = all(torch.equal(start[name], end[name]) for name in names)
+        assert still == (freeze in (tower, "both"))
+    assert not torch.equal(start["image_projection.projection.weight"], end["image_projection.projection.weight"])
+
+    def recomputed(*_):
+        raise AssertionError("features were computed again")
+
+    shutil.rmtree(tmp_path / "run")
+    if freeze in ("image", "both"):
+        monkeypatch.setattr(main, "image_features", recomputed)
+        monkeypatch.setattr(main, "draw_examples", lambda *_: None)
+    if freeze in ("text", "both"):
+        monkeypatch.setattr(main, "text_features", recomputed)
+    if freeze == "both":
+        main.train(config)
+        assert_equal_weights(end, weights(tmp_path / "run"))
+
+
+def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, monkeypatch):
+    train(small_flags("source", epochs=1))
+    source, _ = clip.load(tmp_path / "source", device="cpu")
+    tower = source.image_encoder.tower.state_dict()
+    safetensors.torch.save_file(tower, tmp_path / "image.safetensors")
+    source.text_encoder.tower.save_pretrained(tmp_path / "text")
+    shutil.copy(tmp_path / "source" / "tokenizer.json", tmp_path / "text")
+    begun = []
+    train_epoch = main.train_epoch
+    monkeypatch.setattr(main, "train_epoch", lambda model, *rest: begun.append(snapshot(model)) or train_epoch(model, *rest))
+
+    def snapshot(model):
+        return {name: value.clone() for name, value in model.state_dict().items()}
+
+    monkeypatch.setattr(main, "fill_in", lambda config: main.replace(config, epochs=3, batch_size=96))
+    flags = small_flags(image_weights=tmp_path / "image.safetensors", text_encoder=tmp_path / "text", epochs=1)
+    train(flags, "--text-weights", "pretrained", "--heads-first")
+    heads = weights(tmp_path / "run" / "heads")
+    assert len(begun) == 4
+    assert_equal_weights(heads, begun[3])
+    prefix = "image_encoder.tower."
+    assert_equal_weights(tower, {name.removeprefix(prefix): heads[name] for name in heads if name.startswith(prefix)})
+
+
+def test_plateau_factor_equals_torchs_scheduler():
+    rsums = [10, 20, 19, 18, 17, 25, 24, 24, 23, 22, 21, 26]
+    for patience in (0, 1, 2):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        reference = torch.optim.lr_scheduler.ReduceLROnPlateau(
+            optimizer, "max", factor=0.8, patience=patience, threshold=0, threshold_mode="abs"
+        )
+        for count, rsum in enumerate(rsums, start=1):
+            reference.step(rsum)
+            assert main.plateau_factor(rsums[:count], patience, 0.8) == pytest.approx(optimizer.param_groups[0]["lr"])
+
+
+def test_rates_rise_and_fall_as_worked_by_hand():
+    config = Config(warmup=0.2)
+    rates = [main.rate_factor(step, 10, config, []) for step in range(10)]
+    assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
+    assert rates[6] == pytest.approx(0.5)  # half of the eight steps after the warm-up
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
+
+
+def test_each_part_has_its_rate_and_only_matrices_decay(small_flags):
+    config, _ = parse_config(small_flags(), "shapes")
+    model = clip.create_model(config, ["a red circle"])
+    found = {}
+    for group in main.parameter_groups(model, config):
+        for parameter in group["params"]:
+            found[id(parameter)] = (group["peak"], group["weight_decay"])
+    rates = {"image_encoder": config.image_encoder_lr, "text_encoder": config.text_encoder_lr}
+    for name, parameter in model.named_parameters():
+        decay = config.weight_decay if parameter.ndim > 1 else 0
+        assert found[id(parameter)] == (rates.get(name.split(".")[0], config.head_lr), decay)
+    assert found[id(model.logit_scale)] == (config.head_lr, 0)
+
+
+def test_temperature_is_clamped(small_flags, monkeypatch):
+    monkeypatch.setattr(main, "MAX_LOGIT_SCALE", 1.0)
+    assert train(small_flags(epochs=1)).logit_scale.item() <= 1.0
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(small_flags, tmp_path, monkeypatch):
+    train_epoch = main.train_epoch
+
+    def poisoned(model, loader, *rest):
+        if loader.batch_sampler.epoch == 1:
+            model.image_projection.projection.weight.data.fill_(math.nan)
+        return train_epoch(model, loader, *rest)
+
+    monkeypatch.setattr(main, "train_epoch", poisoned)
+    with pytest.raises(UserError, match=r"epoch 2, step 1: the loss is not finite.*--resume"):
+        train(small_flags())
+    assert len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["history"]) == 1
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_skip_bad_trains_on_the_rest_and_lists_what_was_left_out(small_flags, sample, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    (data / "Images" / "00003.png").write_bytes(b"broken")
+    (data / "Images" / "00005.png").unlink()
+    with open(data / "captions.txt", "a") as file:
+        file.write('00007.png,""\n')
+    train(small_flags(data_dir=data, epochs=1), "--skip-bad")
+    skipped = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert len(skipped) == 3
+    assert all(any(re.search(word, line) for line in skipped) for word in ("00003.png", "00005.png", "row 722"))
+
+
+BAD_RUNS = {
+    "missing folder": ({"data_dir": "nowhere"}, "--data-dir"),
+    "batch of one": ({"batch_size": 1}, "--batch-size 1"),
+    "batch too large": ({"batch_size": 97}, "only 96 training images"),
+    "unknown image encoder": ({"image_encoder": "resnot"}, "--image-encoder resnot"),
+    "unknown text encoder": ({"text_encoder": "nobert"}, "--text-encoder nobert"),
+    "heads do not divide": ({"text_heads": 3}, "--text-width 32"),
+    "negative rate": ({"head_lr": -1}, "--head-lr"),
+    "no such device": ({"device": "cuda:99"}, "--device cuda:99"),
+}
+
+
+@pytest.mark.parametrize("problem", BAD_RUNS)
+def test_bad_settings_end_in_one_line_and_leave_nothing(small_flags, tmp_path, problem):
+    options, expected = BAD_RUNS[problem]
+    with pytest.raises(UserError, match=expected) as error:
+        train(small_flags(**options))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_broken_picture_ends_in_one_line_and_leaves_no_run(small_flags, sample, tmp_path):
+    shutil.copytree(sample, tmp_path / "data")
+    (tmp_path / "data" / "Images" / "00003.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"00003\.png"):
+        train(small_flags(data_dir=tmp_path / "data"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_unusable_run_folders_are_named(small_flags, tmp_path):
+    train(small_flags(epochs=1))
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="no run is there"):
+        clip.load(tmp_path / "nowhere")
+    whole = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="truncated"):
+        clip.load(run)
+    (run / "last.pt").write_bytes((run / "last.pt").read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"last\.pt: damaged"):
+        main.train(parse_config(["shapes", "--run-dir", str(run), "--resume"], "shapes")[0])
+    saved = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(saved | {"format": 99}))
+    with pytest.raises(UserError, match="format 99"):
+        clip.load(run)
+    (run / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json: damaged"):
+        clip.load(run)
+    with pytest.raises(UserError, match="no run is there"):
+        parse_config(["shapes", "--run-dir", str(tmp_path / "nowhere"), "--resume"], "shapes")
+
+
+def test_the_command_exits_with_status_2_and_one_line(tmp_path):
+    process = run_script("main.py", "shapes", "--data-dir", tmp_path / "nowhere")
+    assert process.returncode == 2
+    assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
+    assert run_script("main.py", "shapes", "--no-such-flag").returncode == 2
+    assert run_script("main.py", "no-such-preset").returncode == 2
+
+
+def test_the_first_command_of_the_readme(tmp_path):
+    """`python main.py` where there is no data draws the sample and trains on it to the recall that the README states."""
+    process = run_script("main.py", cwd=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert "shapes" in process.stdout.splitlines()[0]
+    assert {path.name for path in (tmp_path / "runs" / "shapes").iterdir()} == RUN_FILES
+    history = pd.read_csv(tmp_path / "runs" / "shapes" / "history.csv")
+    assert history["text_to_image_R@1"].max() >= 50
+    assert history["image_to_text_R@1"].max() >= 65
+
+
+def test_real_photographs_train(real_photographs, small_flags, tmp_path):
+    """A short run on Flickr8k with both pretrained encoders, held still, finds far more than chance."""
+    flags = [
+        "flickr8k", "--data-dir", str(small_flickr8k(real_photographs, tmp_path)), "--freeze", "both",
+        "--image-encoder", "tf_efficientnet_lite0",
+        "--image-weights", str(real_photographs / "weights" / "tf_efficientnet_lite0.safetensors"),
+        "--text-encoder", str(real_photographs / "weights" / "distilbert-minilm-l6"),
+        "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache"),
+        "--batch-size", "100", "--epochs", "20",
+    ]  # fmt: skip
+    main.train(parse_config(flags, "flickr8k")[0])
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert history["text_to_image_R@10"].max() > 35  # chance: 10
+
+
+def small_flickr8k(shared, tmp_path):
+    """400 training and 100 validation photographs in a folder of their own."""
+    source, folder = shared / "flickr8k", tmp_path / "flickr8k"
+    (folder / "Images").mkdir(parents=True)
+    names = []
+    for split, count in (("train", 400), ("dev", 100)):
+        chosen = (source / f"Flickr_8k.{split}Images.txt").read_text().split()[:count]
+        (folder / f"Flickr_8k.{split}Images.txt").write_text("\n".join(chosen))
+        names += chosen
+    for name in names:
+        shutil.copy(source / "Images" / name, folder / "Images")
+    table = pd.read_csv(source / "captions.txt")
+    table[table["image"].isin(names)].to_csv(folder / "captions.txt", index=False)
+    return folder
