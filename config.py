@@ -84,12 +84,13 @@ PRESETS = {
         vocab_size=512,
         max_length=64,
         heads_first=False,
-        epochs=14,
+        epochs=12,
         batch_size=128,
-        image_encoder_lr=2e-3,
+        image_encoder_lr=4e-3,
         text_encoder_lr=1e-3,
         head_lr=2e-3,
         weight_decay=0.05,
+        crop=0.95,
     ),
 }
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]

@@ -161,13 +161,16 @@ def train_epoch(model, loader, optimizer, scaler, device, dtype, rates, desc):
     return torch.stack(losses).mean().item()
 
 
-def validate(config, model, pairs, device, dtype):
-    """The scores of `evaluate.recall` on a split; features of towers that train are computed anew."""
-    I_f = (
-        pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype, len(pairs.images))
-    )
-    T_f = pairs.texts if torch.is_tensor(pairs.texts) else text_features(model, pairs.texts, device, dtype)
-    return score(model, I_f, T_f, pairs.image_of_text, device)
+def features(model, pairs, device, dtype):
+    """(I_f, T_f) of a split, (n, d_i) and (m, d_t); those of towers that train are computed anew."""
+    I_f, T_f = pairs.images, pairs.texts
+    if not torch.is_tensor(I_f):
+        I_f = image_features(model, I_f, device, dtype, len(I_f))
+    if not torch.is_tensor(T_f):
+        T_f = text_features(model, T_f, device, dtype)
+    if not (I_f.isfinite().all() and T_f.isfinite().all()):
+        raise UserError("a tower's features are not finite; the last good checkpoint is kept, --resume with lower rates")
+    return I_f, T_f
 
 
 def train(config):
@@ -196,7 +199,9 @@ def train(config):
         begun = config.resume and (run_dir / "heads" / "config.json").exists()
         print("heads first, on features of the towers held still")
         still = replace(config, freeze="both", epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun)
-        model.load_state_dict(train(fill_in(still)).state_dict())
+        still = fill_in(still)
+        still = replace(still, batch_size=min(still.batch_size, len(training.names)))
+        model.load_state_dict(train(still).state_dict())
 
     model.to(device, memory_format=torch.channels_last)
     hold_still(config, model, splits, image_dir, device, dtype)
@@ -221,7 +226,7 @@ def train(config):
         first = epoch * len(sampler)
         rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + len(sampler))]
         loss = train_epoch(model, loader, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}")
-        scores = validate(config, model, validation, device, dtype)
+        scores = score(model, *features(model, validation, device, dtype), validation.image_of_text, device)
         row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
         row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
         for direction in ("image_to_text", "text_to_image"):
@@ -245,35 +250,29 @@ def train(config):
 
     load_weights(model, run_dir)
     draw_curves(history, run_dir / "curves.png")
-    draw_examples(model, validation, device, dtype, run_dir)
-    best = max(history, key=lambda row: row["rsum"])
-    print(
-        f"\nbest epoch {best['epoch']}, in {run_dir}; validation recall in percent (chance {100 / len(validation.names):.2f}):"
-    )
-    print(recall_table(validate(config, model, validation, device, dtype)))
+    I_f, T_f = features(model, validation, device, dtype)
+    draw_examples(model, validation, I_f, T_f, device, run_dir)
+    best, chance = max(history, key=lambda row: row["rsum"])["epoch"], 100 / len(validation.names)
+    print(f"\nbest epoch {best}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
+    print(recall_table(score(model, I_f, T_f, validation.image_of_text, device)))
     return model
 
 
-def draw_examples(model, pairs, device, dtype, run_dir):
+def draw_examples(model, pairs, I_f, T_f, device, run_dir):
     """similarity.png, some images against a caption of each; and matches.png, what captions find among all images."""
-    I_f = (
-        pairs.images if torch.is_tensor(pairs.images) else image_features(model, pairs.images, device, dtype, len(pairs.images))
-    )
-    first = np.unique(pairs.image_of_text, return_index=True)[1][:: max(1, len(pairs.names) // SHOWN_PAIRS)][:SHOWN_PAIRS]
-    T_f = [pairs.texts[i] for i in first]
-    T_f = torch.stack(T_f) if torch.is_tensor(pairs.texts) else text_features(model, T_f, device, dtype)
+    images = np.arange(len(pairs.names))[:: max(1, len(pairs.names) // SHOWN_PAIRS)][:SHOWN_PAIRS]
+    own = [np.flatnonzero(pairs.image_of_text == image) for image in images]
+    rows = [captions[i % len(captions)] for i, captions in enumerate(own)]  # not always an image's first caption
     I_e = project(model.image_projection, I_f, device)
-    T_e = project(model.text_projection, T_f, device)
+    T_e = project(model.text_projection, T_f[rows], device)
     similarity = (T_e @ I_e.T).numpy()  # (SHOWN_PAIRS, n) cosines
-    own = pairs.image_of_text[first]
-    captions = [pairs.captions[i] for i in first]
-    pictures = [pairs.pictures[i] for i in own]
-    draw_similarity(pictures, captions, similarity[:, own], run_dir / "similarity.png")
+    captions = [pairs.captions[row] for row in rows]
+    draw_similarity([pairs.pictures[i] for i in images], captions, similarity[:, images], run_dir / "similarity.png")
     searches = []
-    for caption, row, image in list(zip(captions, similarity, own))[:SHOWN_QUERIES]:
-        found = np.argsort(-row, kind="stable")[:SHOWN_MATCHES]
+    for caption, cosines, image in list(zip(captions, similarity, images))[:SHOWN_QUERIES]:
+        found = np.argsort(-cosines, kind="stable")[:SHOWN_MATCHES]
         right = int(np.flatnonzero(found == image)[0]) if image in found else None
-        searches.append((caption, [pairs.pictures[i] for i in found], [f"{row[i]:.2f}" for i in found], right))
+        searches.append((caption, [pairs.pictures[i] for i in found], [f"{cosines[i]:.2f}" for i in found], right))
     draw_matches(searches, run_dir / "matches.png")
 
 

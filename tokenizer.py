@@ -18,13 +18,21 @@ SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
 def train_tokenizer(captions, vocab_size, max_length):
-    """A lower-casing WordPiece tokenizer in BERT's manner, with a vocabulary of at most vocab_size from the captions."""
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=SPECIAL, show_progress=False)
-    tokenizer.train_from_iterator(captions, trainer)
+    """A lower-casing WordPiece tokenizer in BERT's manner, with a vocabulary of about vocab_size from the captions."""
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    learner = tokenizers.Tokenizer(models.WordPiece())
+    learner.normalizer, learner.pre_tokenizer = normalizer, pre_tokenizer
+    captions = list(captions)
+    # The trainer numbers word-inner letters in the order of a hash table, another one each time, and breaks ties by these
+    # numbers. Naming them first gives one seed one vocabulary.
+    letters = sorted(set("".join(map(normalizer.normalize_str, captions))) - {" "})
+    named_first = SPECIAL + [f"##{letter}" for letter in letters]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=named_first, show_progress=False)
+    learner.train_from_iterator(captions, trainer)
+
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
+    tokenizer.add_special_tokens(SPECIAL)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
     return shaped(tokenizer, max_length, tokenizer.token_to_id("[PAD]"), "[PAD]")

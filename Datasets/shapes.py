@@ -115,14 +115,14 @@ def twin(scene, rng):
     return Scene((a, b, *rest), scene.background)
 
 
-def draw_scenes(count, held_out, rng, taken, twins=0.3):
+def draw_scenes(count, held_out, rng, taken, twins=0.2):
     """A list of `count` different scenes, none of them in the set `taken`, to which they are added.
 
-    held_out: False allows no pair of `HELD_OUT`; True asks for at least one in every second scene.
+    held_out: False allows no pair of `HELD_OUT`; True asks for at least one in every fourth scene.
     """
     scenes = []
     while len(scenes) < count:
-        wanted = held_out and len(scenes) % 2 == 0
+        wanted = held_out and len(scenes) % 4 == 0
         scene = random_scene(rng)
         pair = [scene] + ([twin(scene, rng)] if rng.random() < twins else [])
         if None in pair or any(scene in taken for scene in pair) or len(scenes) + len(pair) > count:
@@ -242,7 +242,7 @@ def paint(scene, side, rng):
     return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def draw(folder, train=4000, val=300, test=300, side=96, seed=0):
+def draw(folder, train=6000, val=300, test=300, side=96, seed=0):
     """Writes the sample into `folder`: the same pictures, captions and split lists for the same arguments.
 
     train, val, test: numbers of images. side: height and width in pixels.
