@@ -112,7 +112,7 @@ def parse_config(arguments, default_preset):
     flags = arguments[1:] if named else arguments
 
     def parse(default):
-        return tyro.cli(Config, default=default, args=flags, prog="main.py", description=DESCRIPTION)
+        return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]", description=DESCRIPTION)
 
     config = parse(PRESETS[preset])
     if config.resume:

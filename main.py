@@ -279,14 +279,18 @@ def draw_examples(model, pairs, I_f, T_f, device, run_dir):
 def main():
     flickr8k_dir = flickr8k.find()
     config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir else "shapes")
-    print(f"preset {preset}" + ("" if flickr8k_dir else f" (no Flickr8k in {' or '.join(flickr8k.PLACES)})"), flush=True)
+    reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if preset == "shapes" and not flickr8k_dir else ""
+    print(f"preset {preset}{reason}", flush=True)
     if preset == "flickr8k" and not (config.data_dir or config.captions_path):
         if not (flickr8k_dir or config.download):
             raise UserError(f"no Flickr8k in {' or '.join(flickr8k.PLACES)}; pass --download, or {flickr8k.BY_HAND}")
         config = replace(config, data_dir=str(flickr8k_dir or flickr8k.download()))
     if preset == "shapes" and config.data_dir == PRESETS["shapes"].data_dir and not Path(config.data_dir).exists():
         print(f"drawing the sample into {config.data_dir}", flush=True)
-        shapes.draw(config.data_dir)
+        try:
+            shapes.draw(config.data_dir)
+        except OSError as error:
+            raise UserError(f"{config.data_dir}: the sample cannot be drawn there ({error.strerror})") from None
     try:
         train(config)
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from storage import UserError
+
 KAGGLE_NAME = "adityajn105/flickr8k"
 PLACES = ["Datasets/flickr8k", "Datasets/Flickr8k", "Datasets/Flicker-8k", "/kaggle/input/flickr8k"]
 BY_HAND = (
@@ -18,11 +20,11 @@ def find():
 def download():
     """Fetches Kaggle's Flickr8k (about 1 GB) through kagglehub, which keeps it, and returns its folder.
 
-    Raises OSError where it cannot be fetched, with what to do by hand.
+    Raises UserError where it cannot be fetched, with what to do by hand.
     """
     try:
         import kagglehub  # only here: everything else works without it
 
         return kagglehub.dataset_download(KAGGLE_NAME)
     except Exception as error:  # requests', Kaggle's and the socket's own, after one failed attempt
-        raise OSError(f"Flickr8k cannot be fetched ({type(error).__name__}); {BY_HAND}") from None
+        raise UserError(f"Flickr8k cannot be fetched ({type(error).__name__}); {BY_HAND}") from None

@@ -1,0 +1,52 @@
+"""Finding Flickr8k, and fetching it where there is a network."""
+
+import sys
+import types
+
+import pytest
+
+import main
+from Datasets import flickr8k
+from storage import UserError
+
+
+def test_it_is_found_where_a_place_holds_data(tmp_path, monkeypatch):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "captions.txt").touch()
+    monkeypatch.setattr(flickr8k, "PLACES", [str(tmp_path / name) for name in ("nowhere", "empty", "full")])
+    assert flickr8k.find() == str(tmp_path / "full")
+
+
+def kagglehub(monkeypatch, fetch):
+    monkeypatch.setitem(sys.modules, "kagglehub", types.SimpleNamespace(dataset_download=fetch))
+    monkeypatch.setattr(flickr8k, "find", lambda: None)
+
+
+def test_download_trains_on_what_kagglehub_fetched(monkeypatch):
+    kagglehub(monkeypatch, lambda name: f"/fetched/{name}")
+    trained = []
+    monkeypatch.setattr(main, "train", trained.append)
+    monkeypatch.setattr(sys, "argv", ["main.py", "flickr8k", "--download"])
+    main.main()
+    assert trained[0].data_dir == "/fetched/adityajn105/flickr8k"
+
+
+def test_without_a_network_it_says_what_to_do_by_hand(monkeypatch):
+    def fetch(name):
+        raise ConnectionError("no network")
+
+    kagglehub(monkeypatch, fetch)
+    for flags in (["--download"], []):
+        monkeypatch.setattr(sys, "argv", ["main.py", "flickr8k", *flags])
+        with pytest.raises(UserError, match=r"kaggle\.com/datasets/adityajn105/flickr8k.*--data-dir"):
+            main.main()
+
+
+def test_data_that_is_there_decides_the_preset(monkeypatch, tmp_path):
+    trained = []
+    monkeypatch.setattr(main, "train", trained.append)
+    monkeypatch.setattr(flickr8k, "find", lambda: str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["main.py"])
+    main.main()
+    assert trained[0].image_encoder == "resnet50" and trained[0].data_dir == str(tmp_path)
