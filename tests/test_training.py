@@ -262,8 +262,11 @@ def test_the_command_exits_with_status_2_and_one_line(tmp_path):
     process = run_script("main.py", "shapes", "--data-dir", tmp_path / "nowhere")
     assert process.returncode == 2
     assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
-    assert run_script("main.py", "shapes", "--no-such-flag").returncode == 2
-    assert run_script("main.py", "no-such-preset").returncode == 2
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["shapes", "--no-such-flag"], "shapes")
+    assert stop.value.code == 2
+    with pytest.raises(UserError, match="no-such-preset.*flickr8k, shapes"):
+        parse_config(["no-such-preset"], "shapes")
 
 
 def test_the_first_command_of_the_readme(tmp_path):
