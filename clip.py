@@ -64,22 +64,26 @@ class CLIPModel(nn.Module):
 
     def forward(self, image, text, attention_mask=None):
         """n images and n captions -> (logits_per_image, logits_per_text), (n, n) each."""
-        # the code                                             the paper
-        I_f = self.image_features(image)  #                    I_f = image_encoder(I)  # [n, d_i]
-        T_f = self.text_features(text, attention_mask)  #      T_f = text_encoder(T)  # [n, d_t]
-        I_e = F.normalize(self.image_projection(I_f), dim=1)  # I_e = l2_normalize(np.dot(I_f, W_i), axis=1)  # [n, d_e]
-        T_e = F.normalize(self.text_projection(T_f), dim=1)  # T_e = l2_normalize(np.dot(T_f, W_t), axis=1)  # [n, d_e]
-        logits = self.logit_scale.exp() * I_e @ T_e.T  #       logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
+        # fmt: off
+        # the code                                              # the paper
+        I_f = self.image_features(image)                        # I_f = image_encoder(I)  # [n, d_i]
+        T_f = self.text_features(text, attention_mask)          # T_f = text_encoder(T)  # [n, d_t]
+        I_e = F.normalize(self.image_projection(I_f), dim=1)    # I_e = l2_normalize(np.dot(I_f, W_i), axis=1)  # [n, d_e]
+        T_e = F.normalize(self.text_projection(T_f), dim=1)     # T_e = l2_normalize(np.dot(T_f, W_t), axis=1)  # [n, d_e]
+        logits = self.logit_scale.exp() * I_e @ T_e.T           # logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
+        # fmt: on
         return logits, logits.T
 
 
 def contrastive_loss(logits):
     """The symmetric cross-entropy of (n, n) logits whose diagonal holds the true pairs; ln(n) is chance."""
-    # the code                                          the paper
-    labels = torch.arange(len(logits), device=logits.device)  # labels = np.arange(n)
-    loss_i = F.cross_entropy(logits, labels)  #         loss_i = cross_entropy_loss(logits, labels, axis=0)
-    loss_t = F.cross_entropy(logits.T, labels)  #       loss_t = cross_entropy_loss(logits, labels, axis=1)
-    return (loss_i + loss_t) / 2  #                     loss = (loss_i + loss_t)/2
+    # fmt: off
+    # the code                                                  # the paper
+    labels = torch.arange(len(logits), device=logits.device)    # labels = np.arange(n)
+    loss_i = F.cross_entropy(logits, labels)                    # loss_i = cross_entropy_loss(logits, labels, axis=0)
+    loss_t = F.cross_entropy(logits.T, labels)                  # loss_t = cross_entropy_loss(logits, labels, axis=1)
+    return (loss_i + loss_t) / 2                                # loss   = (loss_i + loss_t)/2
+    # fmt: on
 
 
 # ---- models from settings, and to and from run folders -----------------------------------------------------------

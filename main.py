@@ -95,7 +95,7 @@ def read_pairs(config, table, image_dir, model):
         count = len(splits["train"].names)
         raise UserError(f"--batch-size {config.batch_size}: there are only {count} training images in {image_dir}; lower it")
     if not splits["val"].names:
-        raise UserError(f"{image_dir}: none of its images is for validation; mend the split lists")
+        raise UserError(f"{image_dir}: none of its validation images can be decoded")
     return splits, list(bad.values())
 
 
@@ -183,6 +183,9 @@ def train(config):
         config.data_dir, config.image_path, config.captions_path, config.skip_bad, config.seed
     )
     table = table[table["split"].isin(["train", "val"])]
+    for split in ("train", "val"):
+        if split not in set(table["split"]):
+            raise UserError(f"{image_dir}: none of its images is in the {split} split; mend the split lists")
     model = create_model(config, table["caption"][table["split"] == "train"])
     splits, bad = read_pairs(config, table, image_dir, model)
     training, validation = splits["train"], splits["val"]

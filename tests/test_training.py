@@ -235,6 +235,13 @@ def test_a_broken_picture_ends_in_one_line_and_leaves_no_run(small_flags, sample
     assert not (tmp_path / "run").exists()
 
 
+def test_data_without_training_images_is_refused(small_flags, sample, tmp_path):
+    shutil.copytree(sample, tmp_path / "data")
+    (tmp_path / "data" / "shapes.trainImages.txt").unlink()
+    with pytest.raises(UserError, match="train split"):
+        train(small_flags(data_dir=tmp_path / "data"))
+
+
 def test_unusable_run_folders_are_named(small_flags, tmp_path):
     train(small_flags(epochs=1))
     run = tmp_path / "run"
