@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from clip import describe_towers
@@ -46,6 +47,12 @@ def write_history(path, history):
             writer.writerows(history)
 
     write_whole(path, write)
+
+
+def best_rsum(run_dir):
+    """The best rsum in a run's history.csv; -1, less than any, where there is none."""
+    path = Path(run_dir) / "history.csv"
+    return float(pd.read_csv(path)["rsum"].max()) if path.exists() else -1.0
 
 
 def start_run(config, model, skipped):

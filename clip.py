@@ -121,8 +121,8 @@ def join_towers(config, image_encoder, text_encoder, tokenizer):
         config.projection_dim,
         config.num_projection_layers,
         config.dropout,
-        image_dropout=config.image_feature_dropout if config.freeze in ("image", "both") else 0.0,
-        text_dropout=config.text_feature_dropout if config.freeze in ("text", "both") else 0.0,
+        image_dropout=config.image_feature_dropout,
+        text_dropout=config.text_feature_dropout,
     )
 
 

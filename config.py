@@ -42,8 +42,8 @@ class Config:
     projection_dim: int = 256  # width d_e of the joint embedding
     num_projection_layers: Literal[1, 2] = 1  # 1: the paper's linear map; 2: Linear, GELU, Linear, dropout, sum, LayerNorm
     dropout: float = 0.1  # in the two-layer head
-    image_feature_dropout: float = 0.5  # on a frozen image tower's features, which are else learnt by heart
-    text_feature_dropout: float = 0.2  # on a frozen text tower's features
+    image_feature_dropout: float = 0.5  # on the image tower's features, before the head
+    text_feature_dropout: float = 0.2  # on the text tower's features, before the head
 
     # Training
     heads_first: bool = True  # train the heads on still towers before a tower is trained, in RUN_DIR/heads
@@ -83,6 +83,8 @@ PRESETS = {
         text_heads=4,
         vocab_size=512,
         max_length=64,
+        image_feature_dropout=0.0,
+        text_feature_dropout=0.0,
         heads_first=False,
         epochs=12,
         batch_size=128,

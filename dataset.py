@@ -22,6 +22,7 @@ from tqdm import tqdm
 from storage import UserError, file_facts, key_of
 
 MOST_ELONGATED = 3  # width to height, or height to width; what a picture has beyond is cut off evenly at both ends
+VIEW = f"shorter side resized, at most 1 to {MOST_ELONGATED}, middle square"  # what scoring sees; a part of cache keys
 READ_AHEAD = 256  # pictures decoded before the first of them is used
 SHOWN = 3  # bad pictures that an error names
 
@@ -110,7 +111,7 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False):
     Returns (images, bad): DecodedImages, and {position: what is wrong} of the pictures that could not be read.
     Raises UserError for such a picture unless skip_bad, and where the cache cannot be written.
     """
-    folder = Path(cache_dir) / f"images-{key_of('decoded', size, file_facts(paths), skip_bad)}"
+    folder = Path(cache_dir) / f"images-{key_of(VIEW, size, file_facts(paths), skip_bad)}"
     try:
         images = DecodedImages(folder)
     except (OSError, ValueError, EOFError):

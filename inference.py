@@ -12,7 +12,7 @@ import tyro
 import clip
 from captions import load_captions
 from config import load_run, parse_flags
-from dataset import read_image, read_images
+from dataset import VIEW, read_image, read_images
 from device import autocast, pick_device, pick_dtype
 from evaluate import image_features, project
 from plots import draw_grid
@@ -72,7 +72,7 @@ def embed_gallery(model, paths, cache_dir, device, dtype, num_workers=0):
 
     Raises UserError where none can be read.
     """
-    key = key_of(key_of_weights(model), model.image_encoder.size, dtype, file_facts(paths))
+    key = key_of(key_of_weights(model), VIEW, model.image_encoder.size, dtype, file_facts(paths))
     bad = []
 
     def pictures():

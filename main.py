@@ -13,10 +13,10 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from captions import load_captions
-from checkpoint import load_last, save_last, start_run, write_history
+from checkpoint import best_rsum, load_last, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
 from config import PRESETS, fill_in, parse_config
-from dataset import CLIPDataset, PairSampler, decode_images, train_loader
+from dataset import VIEW, CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
 from device import autocast, pick_device, pick_dtype
 from evaluate import image_features, positions_of_images, project, recall_table, score, text_features, token_ids
@@ -104,7 +104,7 @@ def hold_still(config, model, splits, image_dir, device, dtype):
     for pairs in splits.values():
         if config.freeze in ("image", "both"):
             files = file_facts([image_dir / name for name in pairs.names])
-            key = key_of(key_of_weights(model.image_encoder), model.image_encoder.size, dtype, files)
+            key = key_of(key_of_weights(model.image_encoder), VIEW, model.image_encoder.size, dtype, files)
             path = Path(config.cache_dir) / f"image-features-{key}.npy"
             compute = partial(image_features, model, pairs.pictures, device, dtype, len(pairs.pictures))
             features = cached_array(path, compute)
@@ -205,6 +205,8 @@ def train(config):
         still = fill_in(still)
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
+        save_weights(model, run_dir)  # the best so far, should fine-tuning not improve on it
+    start_rsum = best_rsum(run_dir / "heads")
 
     model.to(device, memory_format=torch.channels_last)
     hold_still(config, model, splits, image_dir, device, dtype)
@@ -236,7 +238,7 @@ def train(config):
             row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
         row |= {"rsum": scores["rsum"], "seconds": time.perf_counter() - started}
         history.append(row)
-        best = row["rsum"] > max(rsums, default=-1)
+        best = row["rsum"] > max([start_rsum, *rsums])
         if best:
             save_weights(model, run_dir)
         save_last(run_dir / "last.pt", model, optimizer, scaler, history, config)
@@ -255,8 +257,9 @@ def train(config):
     draw_curves(history, run_dir / "curves.png")
     I_f, T_f = features(model, validation, device, dtype)
     draw_examples(model, validation, I_f, T_f, device, run_dir)
-    best, chance = max(history, key=lambda row: row["rsum"])["epoch"], 100 / len(validation.names)
-    print(f"\nbest epoch {best}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
+    best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
+    said = f"best epoch {best['epoch']}" if best["rsum"] > start_rsum else "best before fine-tuning, the heads alone"
+    print(f"\n{said}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(score(model, I_f, T_f, validation.image_of_text, device)))
     return model
 

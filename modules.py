@@ -71,8 +71,9 @@ class ImageEncoder(nn.Module):
         if hasattr(self.tower, "set_input_size"):  # towers with position embeddings have to be told
             self.tower.set_input_size(img_size=self.size)
         self.width = self.tower.num_features if not hasattr(self.tower, "head_hidden_size") else self.tower.head_hidden_size
-        self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(data["std"]).view(1, 3, 1, 1), persistent=False)
+        self.pretrained = weights != "random"
+        self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(data["std"]).view(1, 3, 1, 1))
 
     def load_weights(self, name, path):
         """Loads a weight file that has to fit exactly, but for its classifier. Raises UserError where it does not."""
@@ -95,6 +96,15 @@ class ImageEncoder(nn.Module):
         if unfit:
             raise UserError(f"--image-weights {path}: does not fit {name}: {len(unfit)} tensors differ ({unfit[0]}, ...)")
         self.tower.load_state_dict(state)
+
+    def train(self, mode=True):
+        """As for any module, but a pretrained tower keeps its BatchNorm statistics: small batches would only blur them."""
+        super().train(mode)
+        if self.pretrained:
+            for module in self.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
 
     def forward(self, image):
         """image: (n, 3, h, w) uint8 or float pixels of 0 to 255 -> (n, d_i) features."""

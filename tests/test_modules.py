@@ -10,7 +10,7 @@ import transformers
 
 from config import Config
 from modules import ImageEncoder, TextEncoder, random_text_tower
-from storage import UserError
+from storage import UserError, key_of_weights
 from tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
 
 CAPTIONS = ["a red circle is left of a blue square", "two dogs run over the grass", "a dog jumps"]
@@ -134,3 +134,19 @@ def test_defaults_are_the_families_own():
     assert (config.image_encoder, config.text_encoder) == ("resnet50", "distilbert-base-uncased")
     tower = random_text_tower("distilbert", config.text_width, config.text_layers, config.text_heads, 30522, 512)
     assert tower.to_dict() == transformers.DistilBertConfig().to_dict()
+
+
+def test_a_tower_that_normalises_otherwise_has_another_cache_key():
+    encoder = ImageEncoder("test_resnet")
+    before = key_of_weights(encoder)
+    encoder.mean += 1
+    assert key_of_weights(encoder) != before
+
+
+def test_a_pretrained_tower_keeps_its_batchnorm_statistics(tmp_path):
+    safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
+    for weights, moves in ((str(tmp_path / "weights.safetensors"), False), ("random", True)):
+        encoder = ImageEncoder("test_resnet", weights).train()
+        before = {name: value.clone() for name, value in encoder.named_buffers()}
+        encoder(torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8))
+        assert moves == any(not torch.equal(value, before[name]) for name, value in encoder.named_buffers())
