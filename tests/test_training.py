@@ -105,14 +105,11 @@ def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, f
         raise AssertionError("features were computed again")
 
     shutil.rmtree(tmp_path / "run")
-    if freeze in ("image", "both"):
-        monkeypatch.setattr(main, "image_features", recomputed)
-        monkeypatch.setattr(main, "draw_examples", lambda *_: None)
-    if freeze in ("text", "both"):
-        monkeypatch.setattr(main, "text_features", recomputed)
-    if freeze == "both":
-        main.train(config)
-        assert_equal_weights(end, weights(tmp_path / "run"))
+    for tower in ("image", "text"):
+        if freeze in (tower, "both"):
+            monkeypatch.setattr(main, f"{tower}_features", recomputed)
+    main.train(config)
+    assert_equal_weights(end, weights(tmp_path / "run"))
 
 
 def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, monkeypatch):
