@@ -26,6 +26,7 @@ VIEW = f"shorter side resized, at most 1 to {MOST_ELONGATED}, middle square"  # 
 READ_AHEAD = 256  # pictures decoded before the first of them is used
 SHOWN = 3  # bad pictures that an error names
 
+cv2.setNumThreads(0)  # its threads would wait for work beside torch's, on the same cores; ours decode a picture each
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # broken files are reported by us, once and by name
 
 
@@ -153,6 +154,11 @@ def write_decoded(folder, paths, size, num_workers, skip_bad):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def as_batch(images):
+    """n pictures, (size, size, 3) uint8 -> (n, 3, size, size) uint8, channels last in memory as convolutions are fastest."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+
+
 # ---- pairs -------------------------------------------------------------------------------------------------------
 
 
@@ -181,7 +187,7 @@ class CLIPDataset(Dataset):
         picture = self.images[image]
         if not torch.is_tensor(picture):
             self.augment.set_random_seed(seed)
-            picture = torch.tensor(self.augment(image=picture)["image"]).permute(2, 0, 1)
+            picture = self.augment(image=picture)["image"]
         return picture, self.texts[caption]
 
 
@@ -220,8 +226,9 @@ def pad(texts, pad_id):
 def collate(pairs, pad_id):
     """n pairs of a CLIPDataset -> {"image", "text", "attention_mask"}: (n, 3, size, size), (n, l), (n, l)."""
     images, texts = zip(*pairs)
+    image = torch.stack(images) if torch.is_tensor(images[0]) else as_batch(images)
     text, attention_mask = pad(texts, pad_id)
-    return {"image": torch.stack(images), "text": text, "attention_mask": attention_mask}
+    return {"image": image, "text": text, "attention_mask": attention_mask}
 
 
 def train_loader(dataset, sampler, pad_id, num_workers=0, pin_memory=False):

@@ -15,8 +15,8 @@ from tqdm import tqdm
 import clip
 from captions import load_captions
 from config import load_run, parse_flags
-from dataset import center_crop, pad, read_images
-from device import autocast, pick_device, pick_dtype
+from dataset import as_batch, center_crop, pad, read_images
+from device import autocast, keep_freed_memory, pick_device, pick_dtype
 from storage import UserError, run_command, write_whole
 
 KS = (1, 5, 10)
@@ -37,11 +37,8 @@ def image_features(model, pictures, device, dtype, total):
     crops = (center_crop(picture, encoder.size) for picture in pictures)
     with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
         while batch := list(islice(crops, IMAGE_BATCH)):
-            image = (
-                torch.from_numpy(np.stack(batch)).to(device).permute(0, 3, 1, 2)
-            )  # (n, 3, size, size), channels last in memory
             with autocast(device, dtype):
-                features.append(encoder(image).float().cpu())
+                features.append(encoder(as_batch(batch).to(device)).float().cpu())
             progress.update(len(batch))
     return torch.cat(features)
 
@@ -157,6 +154,7 @@ def retrieval(
         json_path: file for the scores
     """
     config = load_run(run)["config"]
+    keep_freed_memory()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     own_data = not (data_dir or image_path or captions_path)

@@ -13,7 +13,7 @@ import clip
 from captions import load_captions
 from config import load_run, parse_flags
 from dataset import VIEW, read_image, read_images
-from device import autocast, pick_device, pick_dtype
+from device import autocast, keep_freed_memory, pick_device, pick_dtype
 from evaluate import image_features, project
 from plots import draw_grid
 from storage import UserError, cached_array, file_facts, key_of, key_of_weights, run_command, write_whole
@@ -128,6 +128,7 @@ def search(
     if not query.strip():
         raise UserError('the query is empty; say what the picture should show, as in python inference.py "a dog"')
     run = run or newest_run()
+    keep_freed_memory()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     model, _ = clip.load(run, device)

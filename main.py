@@ -18,7 +18,7 @@ from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, 
 from config import PRESETS, fill_in, parse_config
 from dataset import VIEW, CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
-from device import autocast, pick_device, pick_dtype
+from device import autocast, keep_freed_memory, pick_device, pick_dtype
 from evaluate import image_features, positions_of_images, project, recall_table, score, text_features, token_ids
 from plots import draw_curves, draw_matches, draw_similarity
 from storage import UserError, cached_array, file_facts, key_of, key_of_weights, run_command
@@ -175,6 +175,7 @@ def features(model, pairs, device, dtype):
 
 def train(config):
     """Runs a Config from captions file to run folder, and returns the model at its best epoch."""
+    keep_freed_memory()
     run_dir, device = Path(config.run_dir), pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     torch.manual_seed(config.seed)
@@ -210,8 +211,7 @@ def train(config):
 
     model.to(device, memory_format=torch.channels_last)
     hold_still(config, model, splits, image_dir, device, dtype)
-    fused = device.type == "cuda"
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=fused)
+    optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = []
     if config.resume and (run_dir / "last.pt").exists():
@@ -221,7 +221,7 @@ def train(config):
     captions_of = np.split(np.argsort(training.image_of_text, kind="stable"), np.bincount(training.image_of_text).cumsum()[:-1])
     sampler = PairSampler(captions_of, config.batch_size, config.seed)
     dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
-    loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, fused)
+    loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
     steps, width = config.epochs * len(sampler), len(str(config.epochs))
     for epoch in range(len(history), config.epochs):
         started = time.perf_counter()

@@ -13,6 +13,7 @@ from timm.data import resolve_model_data_config
 from timm.models import load_state_dict
 from torch import nn
 
+from convolution import speed_up
 from storage import UserError
 
 HUB_TIMEOUT = 5  # seconds that a model hub has for its first answer
@@ -72,6 +73,7 @@ class ImageEncoder(nn.Module):
             self.tower.set_input_size(img_size=self.size)
         self.width = self.tower.num_features if not hasattr(self.tower, "head_hidden_size") else self.tower.head_hidden_size
         self.pretrained = weights != "random"
+        speed_up(self.tower, self.size)
         self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(data["std"]).view(1, 3, 1, 1))
 
