@@ -43,8 +43,8 @@ class CLIPModel(nn.Module):
         self.tokenizer = tokenizer
 
     def image_features(self, image):
-        """(n, 3, h, w) pixels -> (n, d_i). Features, (n, d_i), pass: a frozen tower computed them before."""
-        return self.image_encoder(image) if image.ndim == 4 else image
+        """(n, 3, h, w) pixels or a trunk's activations -> (n, d_i). Features, (n, d_i), pass: computed before."""
+        return self.image_encoder(image) if image.ndim > 2 else image
 
     def text_features(self, text, attention_mask=None):
         """(n, l) token ids -> (n, d_t). Features, (n, d_t), pass: a frozen tower computed them before."""

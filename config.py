@@ -37,6 +37,8 @@ class Config:
     max_length: int = 200  # tokens; longer captions are cut
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
     freeze: Literal["none", "image", "text", "both"] = "none"  # towers kept still; their features are computed once
+    train_image_from: str = ""  # stage that the image tower is trained from; what lies below is computed once a view
+    cached_views: int = 4  # random crops of a training image that are kept, for train_image_from; 1: its middle square
 
     # Heads
     projection_dim: int = 256  # width d_e of the joint embedding
@@ -49,6 +51,7 @@ class Config:
     heads_first: bool = True  # train the heads on still towers before a tower is trained, in RUN_DIR/heads
     epochs: int = 0  # passes over the training images; 0: 60 where both towers are frozen, else 8
     batch_size: int = 0  # images a step, and so candidates for each caption; 0: 1000 where both are frozen, else 128
+    micro_batch_size: int = 0  # images that pass the towers at once; fewer take less memory, gradients stay; 0: all
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
     head_lr: float = 0.0  # peak rate of the heads and the temperature; 0: 5e-3 where both towers are frozen, else 1e-3
@@ -62,6 +65,7 @@ class Config:
     # The run
     seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; auto: bf16 where native, else fp32
+    compile: bool = False  # torch.compile the towers: a minute or two at the start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
     resume: bool = False  # go on from the last checkpoint of run_dir, with its settings unless flags say otherwise
@@ -119,8 +123,9 @@ def parse_config(arguments, default_preset):
     config = parse(PRESETS[preset])
     if config.resume:
         config = parse(replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
+    config = fill_in(config)
     check(config)
-    return fill_in(config), preset
+    return config, preset
 
 
 def fill_in(config):
@@ -140,12 +145,12 @@ def fill_in(config):
 
 def check(config):
     """Raises UserError for a value outside its range."""
-    positive = ["max_length", "projection_dim", "image_encoder_lr", "text_encoder_lr"]
+    positive = ["max_length", "projection_dim", "cached_views", "head_lr", "image_encoder_lr", "text_encoder_lr"]
     positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
     for name in positive:
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
-    for name in ["epochs", "batch_size", "size", "num_workers", "weight_decay", "patience", "seed", "head_lr"]:
+    for name in ["epochs", "batch_size", "micro_batch_size", "size", "num_workers", "weight_decay", "patience", "seed"]:
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "warmup"]:
@@ -156,6 +161,10 @@ def check(config):
             raise UserError(f"--{name} {getattr(config, name)}: must be above 0 and at most 1")
     if config.batch_size == 1:
         raise UserError("--batch-size 1: a single pair has nothing to be told apart from; use 2 or more")
+    if config.micro_batch_size and config.batch_size % config.micro_batch_size:
+        raise UserError(f"--micro-batch-size {config.micro_batch_size}: does not divide --batch-size {config.batch_size}")
+    if config.train_image_from and config.freeze in ("image", "both"):
+        raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
     if config.text_weights == "random" and config.text_width % config.text_heads:
         raise UserError(f"--text-width {config.text_width}: must be a multiple of --text-heads {config.text_heads}")
 

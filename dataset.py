@@ -165,7 +165,8 @@ def as_batch(images):
 class CLIPDataset(Dataset):
     """Pairs of an image and one of its captions.
 
-    images: pictures, or an (n, d_i) tensor of features of a frozen tower.
+    images: pictures, or an (n, d_i) tensor of features of a frozen tower, or an (n, views, ...) tensor of activations of a
+    frozen trunk, of which one view is drawn.
     texts: a list of token id lists, or an (m, d_t) tensor of features of a frozen tower.
     size: of the random square crops, in pixels; crop: side of the smallest, as a share of a picture's shorter side.
 
@@ -186,9 +187,15 @@ class CLIPDataset(Dataset):
         image, caption, seed = index
         picture = self.images[image]
         if not torch.is_tensor(picture):
-            self.augment.set_random_seed(seed)
-            picture = self.augment(image=picture)["image"]
+            picture = self.random_crop(picture, seed)
+        elif picture.ndim > 1:
+            picture = picture[seed % len(picture)]
         return picture, self.texts[caption]
+
+    def random_crop(self, picture, seed):
+        """A picture, (h, w, 3) uint8 -> (size, size, 3), augmented as the seed says."""
+        self.augment.set_random_seed(seed)
+        return self.augment(image=picture)["image"]
 
 
 class PairSampler:
@@ -196,13 +203,20 @@ class PairSampler:
 
     captions_of: for each image the positions of its captions. Images that do not fill the last batch sit an epoch out,
     because a smaller batch would be an easier task. Set `epoch` before each epoch.
+
+    micro_batch_size: divides batch_size; each batch then comes in parts of this size, twice in a row, as
+    `gradient_cache.backward` takes them.
+
+    Attributes: steps, the batches of an epoch, and parts, the micro-batches of a batch.
     """
 
-    def __init__(self, captions_of, batch_size, seed):
+    def __init__(self, captions_of, batch_size, seed, micro_batch_size=0):
         self.captions_of, self.batch_size, self.seed, self.epoch = captions_of, batch_size, seed, 0
+        self.steps = len(captions_of) // batch_size
+        self.parts = batch_size // (micro_batch_size or batch_size)
 
     def __len__(self):
-        return len(self.captions_of) // self.batch_size
+        return self.steps * (1 if self.parts == 1 else 2 * self.parts)
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -210,8 +224,10 @@ class PairSampler:
         captions = [rng.choice(self.captions_of[image]) for image in order]
         seeds = rng.integers(2**31, size=len(order)).tolist()
         draws = list(zip(order.tolist(), captions, seeds))
-        for start in range(0, len(self) * self.batch_size, self.batch_size):
-            yield draws[start : start + self.batch_size]
+        size = self.batch_size // self.parts
+        for start in range(0, self.steps * self.batch_size, self.batch_size):
+            parts = [draws[i : i + size] for i in range(start, start + self.batch_size, size)]
+            yield from parts if self.parts == 1 else parts + parts
 
 
 def pad(texts, pad_id):

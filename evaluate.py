@@ -28,17 +28,19 @@ IMAGE_BATCH, TEXT_BATCH = 64, 256  # what embedding takes at a time; memory and 
 
 @torch.no_grad()
 def image_features(model, pictures, device, dtype, total):
-    """The image tower's features of pictures, an iterable of about `total` uint8 arrays from `dataset`.
+    """The image tower's features of pictures: an iterable of about `total` uint8 arrays from `dataset`, of which the
+    middle square is taken, or of activations of the tower's trunk.
 
     Returns (n, d_i), fp32, on the CPU; n is 0 where there are no pictures.
     """
     model.eval()
-    encoder, features = model.image_encoder, [torch.empty(0, model.image_encoder.width)]
-    crops = (center_crop(picture, encoder.size) for picture in pictures)
+    encoder, features, pictures = model.image_encoder, [torch.empty(0, model.image_encoder.width)], iter(pictures)
     with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
-        while batch := list(islice(crops, IMAGE_BATCH)):
+        while batch := list(islice(pictures, IMAGE_BATCH)):
+            activations = torch.is_tensor(batch[0])
+            image = torch.stack(batch) if activations else as_batch([center_crop(picture, encoder.size) for picture in batch])
             with autocast(device, dtype):
-                features.append(encoder(as_batch(batch).to(device)).float().cpu())
+                features.append(encoder(image.to(device)).float().cpu())
             progress.update(len(batch))
     return torch.cat(features)
 

@@ -1,6 +1,7 @@
 """Searches pictures with words: python inference.py "a dog runs on the beach" [--run RUN] [--images FOLDER]."""
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -16,7 +17,7 @@ from dataset import VIEW, read_image, read_images
 from device import autocast, keep_freed_memory, pick_device, pick_dtype
 from evaluate import image_features, project
 from plots import draw_grid
-from storage import UserError, cached_array, file_facts, key_of, key_of_weights, run_command, write_whole
+from storage import UserError, cached_tensor, file_facts, key_of, key_of_weights, run_command, write_whole
 from tokenizer import tokenize
 
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
@@ -84,17 +85,18 @@ def embed_gallery(model, paths, cache_dir, device, dtype, num_workers=0):
 
     def embed():
         I_e = project(model.image_projection, image_features(model, pictures(), device, dtype, len(paths)), device)
-        whole = np.full((len(paths), I_e.shape[1]), np.nan, dtype=np.float32)  # NaN marks a picture that cannot be read
-        whole[np.setdiff1d(np.arange(len(paths)), bad)] = I_e.numpy()
-        return whole
+        whole = torch.full(shape, math.nan)  # NaN marks a picture that cannot be read
+        whole[np.setdiff1d(np.arange(len(paths)), bad)] = I_e
+        return [whole]
 
-    embeddings = cached_array(Path(cache_dir) / f"gallery-{key}.npy", embed)
-    good = np.flatnonzero(~np.isnan(embeddings[:, 0]))
+    shape = (len(paths), model.image_projection.projection.out_features)
+    embeddings = cached_tensor(Path(cache_dir) / f"gallery-{key}.npy", shape, torch.float32, embed)
+    good = (~embeddings[:, 0].isnan()).nonzero()[:, 0].tolist()
     if len(good) == 0:
         raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
     if len(good) < len(paths):
         print(f"left out {len(paths) - len(good)} pictures that cannot be decoded")
-    return [str(paths[i]) for i in good], torch.from_numpy(embeddings[good])
+    return [str(paths[i]) for i in good], embeddings[good]
 
 
 def search(

@@ -4,7 +4,6 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,16 +11,18 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+import gradient_cache
 from captions import load_captions
 from checkpoint import best_rsum, load_last, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
 from config import PRESETS, fill_in, parse_config
-from dataset import VIEW, CLIPDataset, PairSampler, decode_images, train_loader
+from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
 from device import autocast, keep_freed_memory, pick_device, pick_dtype
 from evaluate import image_features, positions_of_images, project, recall_table, score, text_features, token_ids
+from frozen import freeze_towers
 from plots import draw_curves, draw_matches, draw_similarity
-from storage import UserError, cached_array, file_facts, key_of, key_of_weights, run_command
+from storage import UserError, run_command
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 SHOWN_QUERIES, SHOWN_MATCHES, SHOWN_PAIRS = 5, 6, 8  # in matches.png and similarity.png
@@ -73,7 +74,7 @@ class Pairs:
     pictures: Subset  # n decoded pictures
     captions: list  # m strings
     image_of_text: np.ndarray  # (m,) position of each caption's image
-    images: Subset | torch.Tensor  # n decoded pictures, or (n, d_i) features
+    images: Subset | torch.Tensor  # n decoded pictures, (n, views, ...) activations, or (n, d_i) features
     texts: list | torch.Tensor  # m lists of token ids, or (m, d_t) features
 
 
@@ -99,33 +100,10 @@ def read_pairs(config, table, image_dir, model):
     return splits, list(bad.values())
 
 
-def hold_still(config, model, splits, image_dir, device, dtype):
-    """Freezes the towers that the Config names and puts their features, computed once and cached, in place of inputs."""
-    for pairs in splits.values():
-        if config.freeze in ("image", "both"):
-            files = file_facts([image_dir / name for name in pairs.names])
-            key = key_of(key_of_weights(model.image_encoder), VIEW, model.image_encoder.size, dtype, files)
-            path = Path(config.cache_dir) / f"image-features-{key}.npy"
-            compute = partial(image_features, model, pairs.pictures, device, dtype, len(pairs.pictures))
-            features = cached_array(path, compute)
-            pairs.images = torch.from_numpy(features)
-        if config.freeze in ("text", "both"):
-            key = key_of(key_of_weights(model.text_encoder), model.text_encoder.pooling, dtype, pairs.texts)
-            path = Path(config.cache_dir) / f"text-features-{key}.npy"
-            features = cached_array(path, partial(text_features, model, pairs.texts, device, dtype))
-            pairs.texts = torch.from_numpy(features)
-    if config.freeze in ("image", "both"):
-        model.image_encoder.requires_grad_(False)
-        model.image_projection.standardise(splits["train"].images)
-    if config.freeze in ("text", "both"):
-        model.text_encoder.requires_grad_(False)
-        model.text_projection.standardise(splits["train"].texts)
-
-
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(model, loader, optimizer, scaler, device, dtype, rates, desc):
+def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc):
     """One pass over the training images; returns the mean loss. rates: each step's rate factor.
 
     Raises UserError at a loss that is not finite.
@@ -134,23 +112,27 @@ def train_epoch(model, loader, optimizer, scaler, device, dtype, rates, desc):
     for tower in (model.image_encoder, model.text_encoder):
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             tower.eval()  # BatchNorm statistics and dropout of a frozen tower stay still
-    losses = []
-    progress = tqdm(loader, desc=desc, leave=False, disable=None)
-    for step, batch in enumerate(progress):
-        image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch.values())
+    losses, batches = [], iter(loader)
+    progress = tqdm(range(sampler.steps), desc=desc, leave=False, disable=None)
+    for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rates[step]
-        with autocast(device, dtype):
-            logits, _ = model(image, text, mask)
-        loss = contrastive_loss(logits.float())
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        if sampler.parts > 1:
+            loss = gradient_cache.backward(model, batches, sampler.parts, device, dtype, scaler)
+        else:
+            batch = next(batches).values()
+            image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch)
+            with autocast(device, dtype):
+                logits, _ = model(image, text, mask)
+            loss = contrastive_loss(logits.float())
+            scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         losses.append(loss.detach())
-        if step % CHECK_EVERY == 0 or step == len(loader) - 1:
+        if step % CHECK_EVERY == 0 or step == sampler.steps - 1:
             recent = torch.stack(losses[-CHECK_EVERY:])
             if not recent.isfinite().all():
                 raise UserError(
@@ -166,6 +148,8 @@ def features(model, pairs, device, dtype):
     I_f, T_f = pairs.images, pairs.texts
     if not torch.is_tensor(I_f):
         I_f = image_features(model, I_f, device, dtype, len(I_f))
+    elif I_f.ndim > 2:
+        I_f = image_features(model, I_f[:, 0], device, dtype, len(I_f))
     if not torch.is_tensor(T_f):
         T_f = text_features(model, T_f, device, dtype)
     if not (I_f.isfinite().all() and T_f.isfinite().all()):
@@ -202,15 +186,18 @@ def train(config):
     if config.heads_first and pretrained and config.freeze != "both" and not (run_dir / "last.pt").exists():
         begun = config.resume and (run_dir / "heads" / "config.json").exists()
         print("heads first, on features of the towers held still")
-        still = replace(config, freeze="both", epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun)
-        still = fill_in(still)
+        still = replace(config, freeze="both", train_image_from="", micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)
+        still = fill_in(replace(still, run_dir=str(run_dir / "heads"), resume=begun))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
         save_weights(model, run_dir)  # the best so far, should fine-tuning not improve on it
     start_rsum = best_rsum(run_dir / "heads")
 
     model.to(device, memory_format=torch.channels_last)
-    hold_still(config, model, splits, image_dir, device, dtype)
+    freeze_towers(config, model, splits, image_dir, device, dtype)
+    if config.compile:
+        model.image_encoder.compile()
+        model.text_encoder.compile(dynamic=True)
     optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = []
@@ -219,18 +206,18 @@ def train(config):
         print(f"going on after epoch {len(history)}")
 
     captions_of = np.split(np.argsort(training.image_of_text, kind="stable"), np.bincount(training.image_of_text).cumsum()[:-1])
-    sampler = PairSampler(captions_of, config.batch_size, config.seed)
+    sampler = PairSampler(captions_of, config.batch_size, config.seed, config.micro_batch_size)
     dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
     loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
-    steps, width = config.epochs * len(sampler), len(str(config.epochs))
+    steps, width = config.epochs * sampler.steps, len(str(config.epochs))
     for epoch in range(len(history), config.epochs):
         started = time.perf_counter()
         sampler.epoch = epoch
         torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # dropout's state then needs no saving
         rsums = [row["rsum"] for row in history]
-        first = epoch * len(sampler)
-        rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + len(sampler))]
-        loss = train_epoch(model, loader, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}")
+        first = epoch * sampler.steps
+        rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + sampler.steps)]
+        loss = train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}")
         scores = score(model, *features(model, validation, device, dtype), validation.image_of_text, device)
         row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
         row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}

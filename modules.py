@@ -16,6 +16,7 @@ from torch import nn
 from convolution import speed_up
 from storage import UserError
 
+BUCKET = 32  # captions that a CPU takes at a time
 HUB_TIMEOUT = 5  # seconds that a model hub has for its first answer
 
 transformers.logging.set_verbosity_error()  # its notes on unused weights and missing heads help nobody here
@@ -36,6 +37,10 @@ def go_offline_without_hub():
         pass  # an answer, whatever it says
     except OSError:
         huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+class Reached(Exception):
+    """Ends a forward pass at a stage; holds what the stage was given."""
 
 
 class ImageEncoder(nn.Module):
@@ -73,6 +78,7 @@ class ImageEncoder(nn.Module):
             self.tower.set_input_size(img_size=self.size)
         self.width = self.tower.num_features if not hasattr(self.tower, "head_hidden_size") else self.tower.head_hidden_size
         self.pretrained = weights != "random"
+        self.stage, self.activation_shape = None, None
         speed_up(self.tower, self.size)
         self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(data["std"]).view(1, 3, 1, 1))
@@ -99,18 +105,83 @@ class ImageEncoder(nn.Module):
             raise UserError(f"--image-weights {path}: does not fit {name}: {len(unfit)} tensors differ ({unfit[0]}, ...)")
         self.tower.load_state_dict(state)
 
+    def stages(self):
+        """The names of the stages from which the tower can be trained: its parts with weights, and the parts of those."""
+        parts = {name: module for name, module in self.tower.named_modules() if 0 < len(name.split(".")) <= 2 and name}
+        containers = (nn.Sequential, nn.ModuleList)
+        return [
+            name
+            for name, module in parts.items()
+            if not isinstance(module, (nn.ModuleList, nn.modules.batchnorm._BatchNorm))
+            and next(module.parameters(), None) is not None
+            and ("." not in name or isinstance(parts[name.partition(".")[0]], containers))
+        ]
+
+    def train_from(self, stage):
+        """Freezes the trunk, all that lies below `stage`. `forward` then also takes what `trunk` gave.
+
+        Raises UserError for a stage that is not there, or whose input is not all that the tower needs from then on.
+        """
+        if stage not in self.stages():
+            raise UserError(f"--train-image-from {stage}: no such stage; there are {', '.join(self.stages())}")
+        self.eval()
+        self.stage = stage
+        image = torch.randint(256, (2, 3, self.size, self.size), generator=torch.Generator().manual_seed(0))
+        image = image.to(self.mean.device)
+        try:
+            activations = self.trunk(image)
+            if activations.shape == image.shape:
+                raise UserError(f"--train-image-from {stage}: nothing lies below it; leave the flag out to train all")
+            self.activation_shape = activations.shape[1:]
+            resumed = self(activations)
+            agree = torch.allclose(resumed, self(image), rtol=1e-3, atol=1e-4)
+        except (AttributeError, IndexError, RuntimeError):
+            agree = False
+        if not agree:
+            raise UserError(f"--train-image-from {stage}: this tower cannot be cut there; there are {', '.join(self.stages())}")
+        parameters = list(self.tower.parameters())
+        gradients = torch.autograd.grad(resumed.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients):
+            parameter.requires_grad_(gradient is not None)
+
+    @torch.no_grad()
+    def trunk(self, image):
+        """(n, 3, h, w) pixels -> what the stage that training starts from is given, (n, ...)."""
+
+        def reach(module, inputs):
+            raise Reached(inputs[0])
+
+        hook = self.tower.get_submodule(self.stage).register_forward_pre_hook(reach)
+        try:
+            self.tower((image - self.mean) / self.std)
+        except Reached as reached:
+            return reached.args[0]
+        finally:
+            hook.remove()
+
     def train(self, mode=True):
-        """As for any module, but a pretrained tower keeps its BatchNorm statistics: small batches would only blur them."""
+        """As for any module, but BatchNorm statistics stay where the weights are pretrained or frozen.
+
+        Small batches would only blur a pretrained tower's statistics.
+        """
         super().train(mode)
-        if self.pretrained:
-            for module in self.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
+        for module in self.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                frozen = module.affine and not module.weight.requires_grad
+                module.train(mode and not (self.pretrained or frozen))
         return self
 
     def forward(self, image):
-        """image: (n, 3, h, w) uint8 or float pixels of 0 to 255 -> (n, d_i) features."""
-        return self.tower((image - self.mean) / self.std)
+        """image: (n, 3, h, w) uint8 or float pixels of 0 to 255, or activations of `trunk` -> (n, d_i) features."""
+        if image.shape[1:] != self.activation_shape:
+            return self.tower((image - self.mean) / self.std)
+        # The tower runs on one grey image, whose activations give way to these where the stage begins.
+        stage = self.tower.get_submodule(self.stage)
+        hook = stage.register_forward_pre_hook(lambda module, inputs: (image, *inputs[1:]))
+        try:
+            return self.tower(torch.zeros(1, 3, self.size, self.size, device=image.device))
+        finally:
+            hook.remove()
 
 
 def random_text_tower(model_type, width, layers, heads, vocab_size, max_length):
@@ -176,7 +247,17 @@ class TextEncoder(nn.Module):
         return torch.allclose(hidden[0, 0], hidden[1, 0], atol=1e-6)
 
     def forward(self, input_ids, attention_mask):
-        """input_ids, attention_mask: (n, l), the mask 1 at real tokens -> (n, d_t) features."""
+        """input_ids, attention_mask: (n, l), the mask 1 at real tokens, which come first -> (n, d_t) features."""
+        if len(input_ids) <= BUCKET or input_ids.device.type != "cpu":
+            return self.pooled(input_ids, attention_mask)
+        # Captions of like length go together, as each bucket is only as long as its longest; a GPU would have to wait
+        # for the lengths, and large batches suit it better.
+        lengths, order = attention_mask.sum(dim=1).sort()
+        buckets = zip(order.split(BUCKET), lengths.split(BUCKET))
+        features = [self.pooled(input_ids[rows, : ends[-1]], attention_mask[rows, : ends[-1]]) for rows, ends in buckets]
+        return torch.cat(features)[order.argsort()]
+
+    def pooled(self, input_ids, attention_mask):
         hidden = self.tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (n, l, d_t)
         if self.pooling == "first":
             return hidden[:, 0]
@@ -210,9 +291,13 @@ class ProjectionHead(nn.Module):
 
     @torch.no_grad()
     def standardise(self, features):
-        """Sets mean and std to those of training features, (n, d): small and large features then learn alike."""
+        """Sets mean and std to those of training features, (n, d): small and large features then learn alike.
+
+        A feature that hardly varies is not blown up all the way: once its tower trains, it would drown the others.
+        """
+        std = features.std(dim=0)
         self.mean.copy_(features.mean(dim=0))
-        self.std.copy_(features.std(dim=0).clamp(min=1e-6))
+        self.std.copy_(std.clamp(min=float(std.mean()) / 10))
 
     def forward(self, features):
         projected = self.projection(self.feature_dropout((features - self.mean) / self.std))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
@@ -72,16 +73,30 @@ def key_of_weights(module):
     return digest.hexdigest()[:20]
 
 
-def cached_array(path, compute):
-    """The array in the .npy file `path`; where none is that reads, compute() makes it (array or tensor) and it is kept."""
-    try:
-        return np.load(path)
-    except (OSError, ValueError, EOFError):
-        array = np.asarray(compute())
+def cached_tensor(path, shape, dtype, compute):
+    """The tensor in the .npy file `path`, mapped into memory: what is not used takes no memory.
+
+    Where no whole file of this shape and dtype is there, compute() yields the tensor in blocks of rows, and it is kept.
+    Raises UserError where the disk is full or the folder may not be written.
+    """
+    bits = torch.int16 if dtype == torch.bfloat16 else dtype  # NumPy has no bf16
+    kind = torch.empty(0, dtype=bits).numpy().dtype
+
+    def read():
+        array = np.load(path, mmap_mode="c")  # changes would stay in memory, and torch does not warn as it does for "r"
+        if array.shape != tuple(shape) or array.dtype != kind:
+            raise ValueError(f"{path}: another shape")
+        return torch.from_numpy(array).view(dtype)
 
     def write(temporary):
         with open(temporary, "wb") as file:
-            np.save(file, array)
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in compute():
+                file.write(block.contiguous().view(bits).numpy().data)
 
-    write_whole(path, write)
-    return array
+    try:
+        return read()
+    except (OSError, ValueError, EOFError):
+        write_whole(path, write)
+        return read()
