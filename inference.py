@@ -14,8 +14,9 @@ import clip
 from captions import load_captions
 from config import load_run, parse_flags
 from dataset import VIEW, read_image, read_images
-from device import autocast, keep_freed_memory, pick_device, pick_dtype
+from device import keep_freed_memory, pick_device, pick_dtype
 from evaluate import image_features, project
+from index import FROM, nearest, open_index
 from plots import draw_grid
 from storage import UserError, cached_tensor, file_facts, key_of, key_of_weights, run_command, write_whole
 from tokenizer import tokenize
@@ -27,8 +28,9 @@ GRID_PIXELS = 320  # shorter side of the pictures in a grid
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output=None, show=False):
     """The n pictures that match a text best, as [(filename, score)], best first.
 
-    image_embeddings: (N, d_e), each of length 1. image_filenames: N paths. Scores are cosines, -1 to 1; where n is
-    larger than N there are N matches. output: a PNG to draw the matches into; show opens a window on it.
+    image_embeddings: (N, d_e), each of length 1, or their `index.open_index`. image_filenames: N paths. Scores are
+    cosines, -1 to 1; where n is larger than N there are N matches. output: a PNG to draw the matches into; show opens a
+    window on it.
     Raises UserError for an empty query.
     """
     if not query.strip():
@@ -38,7 +40,7 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9, output=No
     with torch.no_grad():
         T_f = model.text_features(input_ids.to(device), attention_mask.to(device))  # (1, d_t)
     T_e = project(model.text_projection, T_f, device)  # (1, d_e)
-    scores, order = (image_embeddings @ T_e[0]).topk(min(n, len(image_filenames)))
+    scores, order = nearest(image_embeddings, T_e[0], n)
     matches = [(image_filenames[i], score) for i, score in zip(order.tolist(), scores.tolist())]
     if output:
         titles = [f"{score:.3f}  {Path(name).name}" for name, score in matches]
@@ -69,7 +71,9 @@ def gallery(run, images):
 
 
 def embed_gallery(model, paths, cache_dir, device, dtype, num_workers=0):
-    """(paths, embeddings) of the pictures that can be read, (N, d_e) of length 1; kept on disk for the next query.
+    """(paths, embeddings, key) of the pictures that can be read, (N, d_e) of length 1; kept on disk for the next query.
+
+    key: changes when the model or a picture does.
 
     Raises UserError where none can be read.
     """
@@ -96,7 +100,7 @@ def embed_gallery(model, paths, cache_dir, device, dtype, num_workers=0):
         raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
     if len(good) < len(paths):
         print(f"left out {len(paths) - len(good)} pictures that cannot be decoded")
-    return [str(paths[i]) for i in good], embeddings[good]
+    return [str(paths[i]) for i in good], embeddings[good], key
 
 
 def search(
@@ -104,6 +108,7 @@ def search(
     run: str = "",
     images: str = "",
     n: int = 9,
+    exact: bool = False,
     output: str = "matches.png",
     json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
     cache_dir: str = ".cache",
@@ -118,6 +123,7 @@ def search(
         run: run folder; empty: the newest under runs/
         images: folder to search, with its subfolders; empty: the run's own validation pictures
         n: pictures to find
+        exact: compare with each picture, also where there are more than 100,000
         output: PNG of the matches
         json_path: file for the matches
         cache_dir: folder where embeddings are kept for the next query
@@ -134,10 +140,11 @@ def search(
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     model, _ = clip.load(run, device)
-    paths, image_embeddings = embed_gallery(model, gallery(run, images), cache_dir, device, dtype, num_workers)
+    paths, image_embeddings, key = embed_gallery(model, gallery(run, images), cache_dir, device, dtype, num_workers)
+    if len(paths) > FROM and not exact:
+        image_embeddings = open_index(Path(cache_dir) / f"gallery-{key}.faiss", image_embeddings)
     print(f"{query!r} among {len(paths):,} pictures, with {run}:")
-    with autocast(device, dtype):
-        matches = find_matches(model, image_embeddings, query, paths, n, output, show=True)
+    matches = find_matches(model, image_embeddings, query, paths, n, output, show=True)
     for name, score in matches:
         print(f"{score:7.3f}  {name}")
     print(f"drawn in {output}")

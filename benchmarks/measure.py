@@ -1,0 +1,57 @@
+"""What all benchmarks share: sides that take turns in one process, medians, a table, a JSON file.
+
+A machine is never equally fast for long, so sides that are compared run alternately and the median of their times counts.
+"""
+
+import json
+import platform
+import statistics
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's files, wherever this is started
+
+import torch
+
+from storage import write_whole
+
+
+def alternate(sides, rounds):
+    """Runs each side once to warm up, then in turns. sides: {name: function}. Returns {name: [seconds of each round]}."""
+    seconds = {name: [] for name in sides}
+    for round_number in range(rounds + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side()
+            if round_number:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def spread(values, digits=1):
+    """Numbers -> "median (smallest to largest)"."""
+    return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
+
+
+def processor():
+    """The processor's own name where the system tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def report(title, columns, rows, json_path):
+    """Prints rows (lists of cells, as columns name them) as a Markdown table, and writes them to json_path if it is given."""
+    machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
+    widths = [max(len(str(row[i])) for row in [columns, *rows]) for i in range(len(columns))]
+    print(f"\n{title}; {machine}\n")
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        print("| " + " | ".join(f"{cell:{width}}" for cell, width in zip(map(str, row), widths)) + " |")
+    if json_path:
+        results = {"title": title, "machine": machine, "rows": [dict(zip(columns, row)) for row in rows]}
+        write_whole(json_path, lambda path: Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8"))
