@@ -115,6 +115,8 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False):
     folder = Path(cache_dir) / f"images-{key_of(VIEW, size, file_facts(paths), skip_bad)}"
     try:
         images = DecodedImages(folder)
+        if len(images) != len(paths):
+            raise ValueError(f"{folder}: of other pictures")
     except (OSError, ValueError, EOFError):
         shutil.rmtree(folder, ignore_errors=True)
         write_decoded(folder, paths, size, num_workers, skip_bad)

@@ -17,8 +17,6 @@ from storage import cached_tensor, file_facts, key_of, key_of_weights
 def freeze_towers(config, model, splits, image_dir, device, dtype):
     """Freezes what the Config names, and replaces images and texts of {"train": Pairs, "val": Pairs} by what it gives."""
     image_encoder, folder = model.image_encoder, Path(config.cache_dir)
-    if config.train_image_from:
-        image_encoder.train_from(config.train_image_from)
     for split, pairs in splits.items():
         if config.freeze in ("image", "both"):
             pairs.images = kept_image_features(model, pairs, image_dir, folder, device, dtype)

@@ -172,6 +172,8 @@ def train(config):
         if split not in set(table["split"]):
             raise UserError(f"{image_dir}: none of its images is in the {split} split; mend the split lists")
     model = create_model(config, table["caption"][table["split"] == "train"])
+    if config.train_image_from:
+        model.image_encoder.train_from(config.train_image_from)
     splits, bad = read_pairs(config, table, image_dir, model)
     training, validation = splits["train"], splits["val"]
     counts = [f"{len(pairs.names):,} {name} images ({len(pairs.captions):,} captions)" for name, pairs in splits.items()]

@@ -6,15 +6,17 @@ A machine is never equally fast for long, so sides that are compared run alterna
 import json
 import platform
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the project's files, wherever this is started
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # the project's files, wherever this is started
 
 import torch
 
-from storage import write_whole
+from storage import UserError, write_whole
 
 
 def alternate(sides, rounds):
@@ -55,3 +57,18 @@ def report(title, columns, rows, json_path):
     if json_path:
         results = {"title": title, "machine": machine, "rows": [dict(zip(columns, row)) for row in rows]}
         write_whole(json_path, lambda path: Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8"))
+
+
+def timed_lines(arguments):
+    """Runs `python main.py` with these arguments and yields (seconds since its start, line printed), as they come.
+
+    Raises UserError where it fails.
+    """
+    command = [sys.executable, "-u", str(ROOT / "main.py"), *map(str, arguments)]
+    started = time.perf_counter()
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stdout:
+            yield time.perf_counter() - started, line
+        errors = process.stderr.read()
+    if process.returncode:
+        raise UserError(errors.strip().split("\n")[-1])

@@ -1,7 +1,9 @@
 """Pictures, the cache of decoded ones, batches, and the drawn sample."""
 
 import csv
+import errno
 import pickle
+import shutil
 
 import cv2
 import numpy as np
@@ -11,7 +13,7 @@ from PIL import Image
 
 from dataset import CLIPDataset, PairSampler, center_crop, decode_images, pad, read_image, resize_image, train_loader
 from Datasets import shapes
-from storage import UserError
+from storage import UserError, cached_tensor
 
 
 def write_picture(path, height, width, seed=0):
@@ -103,6 +105,52 @@ def test_a_truncated_cache_is_made_anew(pictures, tmp_path):
     assert (decode_images(pictures, 32, tmp_path / "cache")[0][4] == expected).all()
 
 
+def test_a_cache_of_other_pictures_is_made_anew(pictures, tmp_path):
+    images, _ = decode_images(pictures, 32, tmp_path / "cache")
+    others, _ = decode_images(pictures[:3], 32, tmp_path / "cache")
+    folder = images.folder
+    shutil.rmtree(folder)
+    others.folder.rename(folder)
+    assert (decode_images(pictures, 32, tmp_path / "cache")[0][4] == read_image(pictures[4], 32)).all()
+
+
+@pytest.mark.parametrize("damage", ["none", "truncated", "another shape", "another kind", "no array"])
+def test_a_cached_tensor_is_read_where_it_is_whole_and_made_anew_elsewhere(tmp_path, damage):
+    path, expected, computed = tmp_path / "cache" / "a.npy", torch.randn(6, 4).bfloat16(), []
+
+    def cached():
+        return cached_tensor(path, (6, 4), torch.bfloat16, lambda: computed.append(1) or expected.split(4))
+
+    assert torch.equal(cached(), expected)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-2])
+    elif damage == "another shape":
+        np.save(path, np.zeros((5, 4), dtype=np.int16))
+    elif damage == "another kind":
+        np.save(path, np.zeros((6, 4), dtype=np.float32))
+    elif damage == "no array":
+        path.write_bytes(b"something else")
+    assert torch.equal(cached(), expected)
+    assert len(computed) == (1 if damage == "none" else 2)
+
+
+def test_a_full_disk_ends_in_one_line_and_leaves_no_cache(pictures, tmp_path, monkeypatch):
+    def blocks():
+        yield torch.zeros(2, 4)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match=r"a\.npy: cannot be written \(No space left on device\)"):
+        cached_tensor(tmp_path / "a.npy", (6, 4), torch.float32, blocks)
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"--cache-dir .*No space left on device"):
+        decode_images(pictures, 32, tmp_path / "cache")
+    assert [path.name for path in tmp_path.rglob("*") if path.suffix in (".npy", ".bin", ".tmp")] == []
+
+
 def test_a_batch_holds_an_image_once_with_a_caption_of_its_own():
     captions_of = [np.arange(start, start + 1 + start % 4) for start in range(0, 50, 5)]
     owner = {caption: image for image, captions in enumerate(captions_of) for caption in captions}
@@ -133,6 +181,22 @@ def test_an_epoch_is_the_same_again_and_with_workers(pictures, tmp_path):
     assert not all(torch.equal(a["image"], b["image"]) for a, b in zip(first, other))
     assert first[0]["image"].shape == (2, 3, 32, 32)
     assert first[0]["text"].shape == first[0]["attention_mask"].shape
+
+
+def test_micro_batches_are_the_batch_in_parts_twice():
+    captions_of = [np.array([i]) for i in range(13)]
+    whole, parts = PairSampler(captions_of, 6, seed=0), PairSampler(captions_of, 6, seed=0, micro_batch_size=2)
+    assert (whole.steps, whole.parts, len(whole)) == (2, 1, 2)
+    assert (parts.steps, parts.parts, len(parts)) == (2, 3, 12)
+    for batch, start in zip(whole, (0, 6)):
+        first, again = list(parts)[start : start + 3], list(parts)[start + 3 : start + 6]
+        assert sum(first, []) == batch and again == first
+
+
+def test_one_of_the_cached_views_is_drawn():
+    views = torch.arange(12.0).view(2, 3, 2)  # two images, three views, activations of shape (2,)
+    dataset = CLIPDataset(views, [[1]], size=32)
+    assert [dataset[(1, 0, seed)][0].tolist() for seed in (0, 1, 5)] == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
 
 
 def test_padding_reaches_the_longest_of_the_batch():

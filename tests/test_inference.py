@@ -108,6 +108,27 @@ def test_gallery_is_embedded_once_notices_changes_and_skips_broken_files(run, sa
     assert len(embed()[0]) == 6 and computed
 
 
+def test_a_large_gallery_is_searched_through_an_index_that_stays(run, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(inference, "FROM", 100)  # the sample has 144 pictures
+
+    def matches(*more):
+        flags = ["a red circle", "--run", run, "--images", sample, "--cache-dir", tmp_path, "--output", tmp_path / "m.png"]
+        flags += ["--json", tmp_path / "matches.json", *more]
+        inference.parse_flags(inference.search, "inference.py", None, list(map(str, flags)))
+        found = json.loads((tmp_path / "matches.json").read_text())["matches"]
+        return [match["filename"] for match in found], [match["score"] for match in found]
+
+    names, scores = matches("--exact")
+    assert "building" not in capsys.readouterr().out
+    for built in (True, False):
+        found = matches()
+        assert found[0] == names and found[1] == pytest.approx(scores, abs=1e-5)
+        assert ("building" in capsys.readouterr().out) == built
+    [index] = tmp_path.glob("*.faiss")
+    index.write_bytes(index.read_bytes()[:1000])
+    assert matches()[0] == names and "building" in capsys.readouterr().out
+
+
 BAD_SEARCHES = {
     "empty query": (["", "--run", "RUN"], "query is empty"),
     "no run": (["a dog", "--run", "nowhere"], "nowhere"),

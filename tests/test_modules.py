@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from config import Config
-from modules import ImageEncoder, TextEncoder, random_text_tower
+from modules import BUCKET, ImageEncoder, ProjectionHead, TextEncoder, random_text_tower
 from storage import UserError, key_of_weights
 from tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
 
@@ -127,6 +127,58 @@ def test_text_encoders_that_cannot_be_had_are_named(tmp_path):
         from modules import load_pretrained
 
         load_pretrained(transformers.AutoModel, str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "name, stage", [("test_resnet", "layer3"), ("test_vit", "blocks.3"), ("test_efficientnet", "blocks.2")]
+)
+def test_a_tower_goes_on_from_what_its_trunk_gave(name, stage):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(name, size=64)
+    encoder.train_from(stage)
+    image = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
+    whole = encoder.eval()(image)
+    activations = encoder.trunk(image)
+    torch.testing.assert_close(encoder(activations), whole, atol=1e-5, rtol=1e-5)
+    encoder(activations).sum().backward()
+    trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
+    with_gradient = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
+    assert trained == with_gradient and f"tower.{stage}" in {name[: len(f"tower.{stage}")] for name in trained}
+    below = [name for name, _ in encoder.named_parameters() if name not in trained]
+    assert below and all(stage not in name for name in below)
+
+
+def test_a_tower_with_a_stage_that_more_than_its_input_leads_to_is_refused():
+    class Skips(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (torch.nn.Conv2d(3, 3, 3, padding=1, stride=s) for s in (2, 1))
+
+        def forward(self, x):
+            x = self.first(x)
+            return (x + self.second(x)).mean(dim=(2, 3))
+
+    encoder = ImageEncoder("test_resnet", size=64)
+    encoder.tower = Skips()
+    with pytest.raises(UserError, match="cannot be cut there"):
+        encoder.train_from("second")
+
+
+def test_captions_in_buckets_give_the_same_features():
+    encoder = text_encoder("distilbert")
+    lengths = torch.randint(1, 16, (3 * BUCKET + 5,), generator=torch.Generator().manual_seed(0))
+    mask = (torch.arange(16) < lengths[:, None]).long()
+    input_ids = torch.randint(1, 60, mask.shape) * mask
+    torch.testing.assert_close(encoder(input_ids, mask), encoder.pooled(input_ids, mask), atol=1e-5, rtol=1e-5)
+
+
+def test_a_feature_that_hardly_varies_is_not_blown_up():
+    head = ProjectionHead(3, 2)
+    features = torch.tensor([[1.0, 5.0, -2.0], [3.0, 5.0, 2.0]])
+    head.standardise(features)
+    assert head.mean.tolist() == [2.0, 5.0, 0.0]
+    deviations = [2**0.5, 0.0, 8**0.5]
+    assert head.std.tolist() == pytest.approx([deviations[0], sum(deviations) / 30, deviations[2]])
 
 
 def test_defaults_are_the_families_own():

@@ -5,6 +5,7 @@ import math
 import re
 import shutil
 
+import numpy as np
 import pandas as pd
 import pytest
 import safetensors.torch
@@ -12,6 +13,7 @@ import torch
 from conftest import run_script
 
 import clip
+import frozen
 import main
 from config import Config, parse_config
 from storage import UserError
@@ -56,7 +58,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_pat
     assert not all(torch.equal(value, other[name]) for name, value in weights(tmp_path / "a").items())
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": "image"}, {"schedule": "plateau", "patience": 0}])
+@pytest.mark.parametrize("options", [{}, {"freeze": "image"}, {"schedule": "plateau", "patience": 0}, {"micro_batch_size": 8}])
 def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkeypatch, options):
     train(small_flags("whole", epochs=4, **options))
     calls, train_epoch = [], main.train_epoch
@@ -107,9 +109,34 @@ def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, f
     shutil.rmtree(tmp_path / "run")
     for tower in ("image", "text"):
         if freeze in (tower, "both"):
-            monkeypatch.setattr(main, f"{tower}_features", recomputed)
+            monkeypatch.setattr(frozen, f"{tower}_features", recomputed)
     main.train(config)
     assert_equal_weights(end, weights(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("views", [1, 3])
+def test_a_tower_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small_flags, tmp_path, views, monkeypatch):
+    flags = small_flags(train_image_from="layer3", cached_views=views)
+    config, _ = parse_config(flags, "shapes")
+    torch.manual_seed(config.seed)
+    start = clip.create_model(config, main.load_captions(config.data_dir)[0]["caption"]).image_encoder.state_dict()
+    main.train(config)
+    end = weights(tmp_path / "run")
+    moved = {name.split(".")[1] for name in start if not torch.equal(start[name], end[f"image_encoder.{name}"])}
+    assert moved == {"layer3", "layer4"}  # BatchNorm statistics included
+    [kept] = [path for path in (tmp_path / "cache").glob("activations-*") if len(np.load(path)) != 24]
+    assert len(np.load(kept)) == 96 * views
+    monkeypatch.setattr(frozen, "as_batch", None)  # would fail if the trunk ran again
+    shutil.rmtree(tmp_path / "run")
+    main.train(config)
+    assert_equal_weights(end, weights(tmp_path / "run"))
+
+
+def test_compiled_towers_learn_the_same(small_flags, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
+    train(small_flags(), "--compile")
+    assert compiled == ["ImageEncoder", "TextEncoder"]
 
 
 def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, monkeypatch):
@@ -211,6 +238,11 @@ BAD_RUNS = {
     "unknown text encoder": ({"text_encoder": "nobert"}, "--text-encoder nobert"),
     "heads do not divide": ({"text_heads": 3}, "--text-width 32"),
     "negative rate": ({"head_lr": -1}, "--head-lr"),
+    "micro-batch does not divide": ({"micro_batch_size": 12}, "--micro-batch-size 12: does not divide --batch-size 32"),
+    "unknown stage": ({"train_image_from": "layer9"}, "--train-image-from layer9: no such stage; there are .*layer3"),
+    "nothing below the stage": ({"train_image_from": "conv1"}, "nothing lies below"),
+    "stage of a frozen tower": ({"train_image_from": "layer3", "freeze": "image"}, "--freeze image trains no image tower"),
+    "no views": ({"train_image_from": "layer3", "cached_views": 0}, "--cached-views 0"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99"),
 }
 

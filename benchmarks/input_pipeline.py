@@ -1,0 +1,97 @@
+"""Images a second of the input pipeline alone: from the cache of decoded pictures to normalised batches, random crops included.
+
+    python benchmarks/input_pipeline.py [--data-dir DIR]
+
+- ours: each picture's crop is cut and resized by albumentations (OpenCV) as it is read, the batch normalised on the device.
+- crops on the batch: the same windows cut without resizing, the batch then cropped and resized by torch's grid_sample.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import torch.nn.functional as F
+from measure import alternate, report, spread
+
+from captions import load_captions
+from config import PRESETS, parse_flags
+from dataset import CLIPDataset, as_batch, center_crop, decode_images, train_loader
+from Datasets import flickr8k, shapes
+from device import keep_freed_memory, pick_device
+from evaluate import positions_of_images
+from storage import run_command
+
+import torch  # isort: skip
+
+MEAN, STD = 127.5, 64.0  # any tower's would take as long
+
+
+def crop_batch(image, crop):
+    """(n, 3, size, size) pixels -> the same, a random square of each enlarged to the whole."""
+    n = len(image)
+    side = torch.empty(n, device=image.device).uniform_(crop, 1)
+    theta = torch.zeros(n, 2, 3, device=image.device)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, :, 2] = (torch.rand(n, 2, device=image.device) * 2 - 1) * (1 - side)[:, None]
+    grid = F.affine_grid(theta, image.shape, align_corners=False)
+    return F.grid_sample(image.float(), grid, padding_mode="border", align_corners=False)
+
+
+def measure(
+    data_dir: str = "",
+    images: int = 2048,
+    batch_size: int = 64,
+    size: int = 224,
+    num_workers: int = 0,
+    rounds: int = 5,
+    device: str = "auto",
+    json: str = "",
+):
+    """Times the input pipeline with crops cut picture by picture and on the batch.
+
+    Args:
+        data_dir: pictures and captions; empty: Flickr8k where it is found, else the drawn sample
+        images: pictures a round
+        batch_size: pictures a batch
+        size: height and width of the crops in pixels
+        num_workers: processes that cut crops; with 0 its own process does
+        rounds: rounds that are timed
+        device: auto, cpu, cuda
+        json: file for the figures
+    """
+    keep_freed_memory()
+    device = pick_device(device)
+    data_dir = data_dir or flickr8k.find() or PRESETS["shapes"].data_dir
+    if not Path(data_dir).exists():
+        shapes.draw(data_dir)
+    table, image_dir, _ = load_captions(str(data_dir))
+    names, _ = positions_of_images(table)
+    names = names[:images]
+    mean, std = (torch.full((1, 3, 1, 1), value, device=device) for value in (MEAN, STD))
+    with tempfile.TemporaryDirectory() as cache_dir:
+        pictures, _ = decode_images([image_dir / name for name in names], size, cache_dir)
+        dataset = CLIPDataset(pictures, [[1]], size, crop=0.85)
+        order = torch.randperm(len(names)).tolist()
+        indices = [[(i, 0, i) for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+        loader = train_loader(dataset, indices, 0, num_workers, device.type == "cuda")
+
+        def ours():
+            for batch in loader:
+                image = (batch["image"].to(device, non_blocking=True) - mean) / std
+            image.sum().item()
+
+        def on_the_batch():
+            for batch in indices:
+                image = as_batch([center_crop(pictures[i], size) for i, _, _ in batch]).to(device)
+                image = (crop_batch(image, 0.85) - mean) / std
+            image.sum().item()
+
+        seconds = alternate({"ours": ours, "crops on the batch": on_the_batch}, rounds)
+    rows = [[name, spread([len(names) / s for s in values], 0)] for name, values in seconds.items()]
+    report(
+        f"Input pipeline, {size} px, batches of {batch_size}, {num_workers} workers", ["side", "images a second"], rows, json
+    )
+
+
+if __name__ == "__main__":
+    run_command(lambda: parse_flags(measure, "input_pipeline.py", None, sys.argv[1:]))

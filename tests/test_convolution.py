@@ -1,0 +1,86 @@
+"""Fast convolutions against the towers as timm has them."""
+
+import copy
+
+import pytest
+import timm
+import torch
+
+from convolution import DepthwiseConvolution, speed_up
+
+TOWERS = ["test_resnet", "test_efficientnet", "resnetv2_50", "mobilenetv3_small_050", "tf_efficientnet_lite0", "repvgg_a0"]
+
+
+def random_tower(name):
+    """A timm tower in float64 whose BatchNorms do something."""
+    torch.manual_seed(0)
+    tower = timm.create_model(name, num_classes=0)
+    for module in tower.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+            torch.nn.init.normal_(module.bias, 0, 0.3)
+    return tower.double()
+
+
+def outputs_and_gradients(tower, image):
+    tower.zero_grad()
+    torch.manual_seed(1)
+    output = tower(image)
+    (output * torch.linspace(-1, 1, output.shape[1])).sum().backward()
+    return output.detach(), {name: parameter.grad for name, parameter in tower.named_parameters() if parameter.grad is not None}
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("name", TOWERS)
+def test_results_gradients_and_statistics_are_the_towers_own(name, training):
+    plain = random_tower(name)
+    fast = copy.deepcopy(plain)
+    speed_up(fast.float(), 64)
+    fast = copy.deepcopy(fast).double()  # a copy computes with its own weights
+    assert fast.state_dict().keys() == plain.state_dict().keys()
+    image = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    expected, expected_gradients = outputs_and_gradients(plain.train(training), image)
+    output, gradients = outputs_and_gradients(fast.train(training), image)
+    torch.testing.assert_close(output, expected)
+    assert gradients.keys() == expected_gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-7)
+    for a, b in zip(fast.buffers(), plain.buffers()):
+        torch.testing.assert_close(a, b)
+
+
+def test_batchnorm_passes_are_gone_where_statistics_stand_still(monkeypatch):
+    tower = random_tower("test_resnet").float().eval()
+    speed_up(tower, 64)
+    monkeypatch.setattr(torch.nn.functional, "batch_norm", None)
+    tower(torch.randn(1, 3, 64, 64))
+    with pytest.raises(TypeError):
+        tower.train()(torch.randn(1, 3, 64, 64))
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_depthwise_gradient_is_that_of_a_convolution(stride):
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(8, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    arguments = ((stride, stride), (2, 2), (1, 1))
+    upstream = torch.randn_like(torch.nn.functional.conv2d(x, weight, bias, *arguments, groups=8))
+    expected = torch.autograd.grad(
+        torch.nn.functional.conv2d(x, weight, bias, *arguments, groups=8), (x, weight, bias), upstream
+    )
+    found = torch.autograd.grad(DepthwiseConvolution.apply(x, weight, bias, *arguments), (x, weight, bias), upstream)
+    for gradient, reference in zip(found, expected):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tower_in_bf16_gets_the_gradient_of_fp32():
+    tower = random_tower("tf_efficientnet_lite0").float().eval()
+    _, expected = outputs_and_gradients(copy.deepcopy(tower), image := torch.randn(4, 3, 64, 64))
+    speed_up(tower, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, found = outputs_and_gradients(tower, image)
+    a, b = (torch.cat([gradient.flatten() for gradient in gradients.values()]) for gradients in (expected, found))
+    assert torch.nn.functional.cosine_similarity(a, b, dim=0) > 0.99

@@ -1,0 +1,83 @@
+"""Gradient caching against the gradient of one graph over the whole batch."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import gradient_cache
+from clip import CLIPModel, contrastive_loss
+from modules import ImageEncoder, TextEncoder, random_text_tower
+from tokenizer import train_tokenizer
+
+CPU, N, MICRO = torch.device("cpu"), 12, 4
+SCALER = torch.amp.GradScaler("cpu", enabled=False)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    text = transformers.AutoModel.from_config(random_text_tower("distilbert", 32, 2, 4, 60, 16))
+    tokenizer = train_tokenizer(["a red circle", "a blue square"], 60, 16)
+    dropouts = {"image_dropout": 0.3, "text_dropout": 0.3}
+    return CLIPModel(ImageEncoder("test_resnet", size=64), TextEncoder(text), tokenizer, 16, **dropouts).train()
+
+
+@pytest.fixture
+def micro_batches():
+    torch.manual_seed(1)
+    image = torch.randint(256, (N, 3, 64, 64), dtype=torch.uint8)
+    text, mask = torch.randint(1, 60, (N, 9)), torch.ones(N, 9, dtype=torch.long)
+    parts = zip(image.split(MICRO), text.split(MICRO), mask.split(MICRO))
+    return [{"image": image, "text": text, "attention_mask": mask} for image, text, mask in parts]
+
+
+def gradient(model):
+    return torch.cat([parameter.grad.flatten() for parameter in model.parameters()])
+
+
+def cached(model, micro_batches):
+    model.zero_grad()
+    return gradient_cache.backward(model, iter(micro_batches * 2), len(micro_batches), CPU, torch.float32, SCALER)
+
+
+def test_the_gradient_is_the_whole_batchs_with_dropout_on(model, micro_batches):
+    torch.manual_seed(5)
+    loss = cached(model, micro_batches)
+    found = gradient(model)
+    model.zero_grad()
+    torch.manual_seed(5)
+    seeds = torch.randint(2**31, (len(micro_batches),)).tolist()
+    embedded = [gradient_cache.embed(model, b, CPU, torch.float32, seed) for b, seed in zip(micro_batches, seeds)]
+    I_e, T_e = (torch.cat(embeddings) for embeddings in zip(*embedded))
+    expected = contrastive_loss(model.logit_scale.exp() * I_e @ T_e.T)  # one graph over all
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ((found - gradient(model)).norm() / gradient(model).norm()).item() < 1e-5
+    cached(model, micro_batches)  # other seeds, other masks
+    assert ((gradient(model) - found).norm() / found.norm()).item() > 1e-2
+
+
+def test_without_randomness_it_is_the_plain_steps_gradient(model, micro_batches):
+    model.eval()
+    loss = cached(model, micro_batches)
+    found = gradient(model)
+    model.zero_grad()
+    logits, _ = model(*(torch.cat([batch[name] for batch in micro_batches]) for name in ("image", "text", "attention_mask")))
+    expected = contrastive_loss(logits)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ((found - gradient(model)).norm() / gradient(model).norm()).item() < 1e-5
+
+
+def test_statistics_count_each_micro_batch_once(model, micro_batches):
+    reference = copy.deepcopy(model.image_encoder)
+    for batch in micro_batches:
+        reference(batch["image"])
+    cached(model, micro_batches)
+    expected, found = dict(reference.named_buffers()), dict(model.image_encoder.named_buffers())
+    moved = [name for name in expected if name.endswith(("running_mean", "running_var"))]
+    assert moved
+    for name in moved:
+        torch.testing.assert_close(found[name], expected[name])
