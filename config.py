@@ -165,6 +165,8 @@ def check(config):
         raise UserError(f"--micro-batch-size {config.micro_batch_size}: does not divide --batch-size {config.batch_size}")
     if config.train_image_from and config.freeze in ("image", "both"):
         raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
+    if config.train_image_from and config.compile:
+        raise UserError("--compile: does not go with --train-image-from, which enters the tower half-way; leave one out")
     if config.text_weights == "random" and config.text_width % config.text_heads:
         raise UserError(f"--text-width {config.text_width}: must be a multiple of --text-heads {config.text_heads}")
 

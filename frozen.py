@@ -55,7 +55,8 @@ def kept_activations(encoder, pairs, image_dir, folder, views, crop, seed, devic
     """What the trunk makes of `views` random crops of each image, (n, views, ...) in dtype; one view is the middle square."""
     n, shape = len(pairs.names), tuple(encoder.activation_shape)
     files = file_facts([image_dir / name for name in pairs.names])
-    key = key_of(key_of_weights(encoder), encoder.stage, VIEW, encoder.size, views, crop, seed, dtype, files)
+    cut = (views, crop, seed) if views > 1 else None
+    key = key_of(key_of_weights(encoder), encoder.stage, VIEW, cut, encoder.size, dtype, files)
     path = folder / f"activations-{key}.npy"
     gigabytes = n * views * np.prod(shape) * dtype.itemsize / 1e9
     cutter = CLIPDataset(pairs.pictures, pairs.texts, encoder.size, crop)
@@ -76,7 +77,8 @@ def kept_activations(encoder, pairs, image_dir, folder, views, crop, seed, devic
         with tqdm(total=n * views, desc="trunk", leave=False, disable=None, unit="img") as progress:
             while batch := list(islice(left, IMAGE_BATCH)):
                 with autocast(device, dtype):
-                    yield encoder.trunk(as_batch(batch).to(device)).to(dtype).cpu()
+                    activations = encoder.trunk(as_batch(batch).to(device))
+                yield activations.to(dtype).cpu()
                 progress.update(len(batch))
 
     return cached_tensor(path, (n * views, *shape), dtype, compute).unflatten(0, (n, views))

@@ -18,12 +18,13 @@ from storage import run_command
 GOALS = (298, 305, 315)  # rsum
 LITE0 = ["--image-encoder", "tf_efficientnet_lite0"]
 LITE2 = ["--image-encoder", "tf_efficientnet_lite2", "--size", 288]
-STAGES = ["--train-image-from", "blocks.5", "--cached-views", 1, "--batch-size", 256, "--epochs", 4]
-STAGES += ["--image-encoder-lr", 3e-4, "--text-encoder-lr", 5e-5, "--head-lr", 3e-4]
+TEXT = ["--batch-size", 256, "--epochs", 4, "--text-encoder-lr", 5e-5, "--head-lr", 3e-4]
+STAGES = ["--train-image-from", "blocks.5", "--cached-views", 1, "--image-encoder-lr", 3e-4, *TEXT]
 RECIPES = {
     "Lite0, heads": [*LITE0, "--freeze", "both"],
     "Lite2 at 288 px, heads": [*LITE2, "--freeze", "both"],
     "Lite0, heads, then two stages and the text tower": [*LITE0, *STAGES],
+    "Lite2 at 288 px, heads, then the text tower": [*LITE2, "--freeze", "image", *TEXT],
 }
 
 
