@@ -7,7 +7,7 @@ from storage import UserError, write_whole
 
 FROM = 100_000  # pictures; in fewer, comparing with each is as fast as anyone notices
 NEIGHBOURS = 32  # links of a picture in the graph
-BUILD_EFFORT, SEARCH_EFFORT = 64, 256  # candidates kept while the graph is built and searched: recall against time
+BUILD_EFFORT, SEARCH_EFFORT = 64, 128  # candidates kept while the graph is built and searched: recall against time
 
 
 def open_index(path, embeddings):
