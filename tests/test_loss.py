@@ -89,7 +89,7 @@ def test_two_layer_head_is_the_residual_one_of_the_teaching_scripts():
 
 
 def test_standardised_features_have_mean_0_and_deviation_1():
-    features = torch.randn(50, 6) * torch.tensor([1, 10, 100, 0.1, 5, 1]) + 7
+    features = torch.randn(50, 6) * torch.tensor([1, 5, 10, 0.5, 2, 1]) + 7
     head = ProjectionHead(6, 4)
     head.standardise(features)
     scaled = (features - head.mean) / head.std
