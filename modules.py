@@ -258,6 +258,7 @@ class TextEncoder(nn.Module):
         return torch.cat(features)[order.argsort()]
 
     def pooled(self, input_ids, attention_mask):
+        """`forward` of captions that pass the tower together."""
         hidden = self.tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (n, l, d_t)
         if self.pooling == "first":
             return hidden[:, 0]

@@ -132,7 +132,7 @@ def test_a_tower_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small
     assert_equal_weights(end, weights(tmp_path / "run"))
 
 
-def test_compiled_towers_learn_the_same(small_flags, tmp_path, monkeypatch):
+def test_the_compile_flag_compiles_both_towers(small_flags, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
     train(small_flags(), "--compile")
