@@ -29,7 +29,6 @@ def open_index(path, embeddings):
         index.hnsw.efConstruction = BUILD_EFFORT
         index.add(np.ascontiguousarray(embeddings.numpy()))
         write_whole(path, lambda temporary: faiss.write_index(index, str(temporary)))
-    index.hnsw.efSearch = SEARCH_EFFORT
     return index
 
 
@@ -42,4 +41,5 @@ def nearest(gallery, embedding, n):
         return (gallery @ embedding).topk(min(n, len(gallery)))
     gallery.hnsw.efSearch = max(SEARCH_EFFORT, n)
     scores, positions = gallery.search(embedding.numpy()[None], min(n, gallery.ntotal))
-    return torch.from_numpy(scores[0]), torch.from_numpy(positions[0])
+    found = positions[0] >= 0  # faiss fills up with -1 where the graph led to fewer
+    return torch.from_numpy(scores[0][found]), torch.from_numpy(positions[0][found])

@@ -164,6 +164,14 @@ def test_a_tower_with_a_stage_that_more_than_its_input_leads_to_is_refused():
         encoder.train_from("second")
 
 
+def test_a_stage_behind_the_pooling_is_refused():
+    encoder = ImageEncoder("test_resnet", size=64)
+    pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+    encoder.tower = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), pool, torch.nn.Linear(8, 8))
+    with pytest.raises(UserError, match="cannot be cut there"):
+        encoder.train_from("2")  # it takes vectors, which the model would take for features
+
+
 def test_captions_in_buckets_give_the_same_features():
     encoder = text_encoder("distilbert")
     lengths = torch.randint(1, 16, (3 * BUCKET + 5,), generator=torch.Generator().manual_seed(0))
