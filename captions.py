@@ -48,11 +48,12 @@ def find_images(data_dir):
     raise UserError(f"{data_dir}: no folder {' or '.join(IMAGE_FOLDERS[:2])}; name it with --image-path")
 
 
-def read_text(path):
+def read_text(path, flag="--captions-path"):
+    """A UTF-8 text file. flag: the one that names such a file. Raises UserError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; --captions-path names the captions file") from None
+        raise UserError(f"{path}: no such file; {flag} names it") from None
     except PermissionError:
         raise UserError(f"{path}: may not be read") from None
     except UnicodeDecodeError as error:

@@ -4,6 +4,7 @@ The lines of the paper's pseudocode (its figure 3) stand beside the code that do
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +15,16 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 
-from config import load_run
+from config import CONTEXT_LENGTH, OPENAI, PRESETS, fill_in, is_openai, load_run
 from dataset import center_crop, resize_image
 from device import pick_device
-from modules import ImageEncoder, ProjectionHead, TextEncoder, load_pretrained, random_text_tower
+from modules import ImageEncoder, ProjectionHead, TextEncoder
+from openai_weights import load_openai
 from storage import UserError, write_whole
-from tokenizer import pretrained_tokenizer, read_tokenizer, train_tokenizer
+from tokenizer import openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
+from towers import load_pretrained, random_text_tower
 
+last_tokenizer = None  # of the model that `load` returned last, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper's bound: logits are never scaled by more than 100
 
 
@@ -37,7 +41,8 @@ class CLIPModel(nn.Module):
         super().__init__()
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        self.image_projection = ProjectionHead(image_encoder.width, projection_dim, layers, dropout, image_dropout)
+        bias = getattr(image_encoder, "attention_pool", False)
+        self.image_projection = ProjectionHead(image_encoder.width, projection_dim, layers, dropout, image_dropout, bias)
         self.text_projection = ProjectionHead(text_encoder.width, projection_dim, layers, dropout, text_dropout)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.tokenizer = tokenizer
@@ -50,8 +55,11 @@ class CLIPModel(nn.Module):
         """(n, l) token ids -> (n, d_t). Features, (n, d_t), pass: a frozen tower computed them before."""
         if text.is_floating_point():
             return text
-        if attention_mask is None:
-            attention_mask = (text != self.tokenizer.padding["pad_id"]).long()
+        if attention_mask is None:  # padding is what stands behind the last other token; OpenAI's zero also is an "!"
+            real = text != self.tokenizer.padding["pad_id"]
+            attention_mask = real.flip(1).cummax(1).values.flip(1).long()
+            longest = max(1, int(attention_mask.sum(1).max()))
+            text, attention_mask = text[:, :longest], attention_mask[:, :longest]
         return self.text_encoder(text, attention_mask)
 
     def encode_image(self, image):
@@ -94,23 +102,30 @@ def create_model(config, captions):
 
     Raises UserError for towers that cannot be had.
     """
-    image_encoder = ImageEncoder(config.image_encoder, config.image_weights, config.size)
-    if config.text_weights == "random":
-        tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
-        text_config = random_text_tower(
-            config.text_encoder,
-            config.text_width,
-            config.text_layers,
-            config.text_heads,
-            tokenizer.get_vocab_size(),
-            config.max_length,
-        )
-        text_encoder = TextEncoder(transformers.AutoModel.from_config(text_config), config.pooling)
-    else:
+    from_openai = config.image_encoder in OPENAI and config.image_weights != "random"
+    image_encoder = create_image_encoder(config, "random" if from_openai else config.image_weights)
+    if config.text_weights == "pretrained" and config.text_encoder != "clip":
         tokenizer = pretrained_tokenizer(config.text_encoder, config.max_length)
-        text_encoder = TextEncoder(load_pretrained(transformers.AutoModel, config.text_encoder).float(), config.pooling)
-        tokenizer.enable_truncation(min(config.max_length, text_encoder.max_length))
-    return join_towers(config, image_encoder, text_encoder, tokenizer)
+        text_tower = load_pretrained(transformers.AutoModel, config.text_encoder).float()
+    else:
+        if config.text_encoder == "clip":
+            tokenizer = openai_tokenizer(config.max_length)
+        else:
+            tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+        sizes = config.text_width, config.text_layers, config.text_heads, tokenizer.get_vocab_size(), config.max_length
+        text_tower = transformers.AutoModel.from_config(random_text_tower(config.text_encoder, *sizes))
+    text_encoder = TextEncoder(text_tower, config.pooling)
+    tokenizer.enable_truncation(min(config.max_length, text_encoder.max_length))
+    model = join_towers(config, image_encoder, text_encoder, tokenizer)
+    if from_openai:
+        load_openai(model, config.image_encoder, config.image_weights, whole=is_openai(config))
+    return model
+
+
+def create_image_encoder(config, weights, size=0):
+    name, *_ = OPENAI.get(config.image_encoder, [config.image_encoder])
+    sizes = config.patch_size, config.image_width, config.image_layers, config.image_heads
+    return ImageEncoder(name, weights, size or config.size, sizes)
 
 
 def join_towers(config, image_encoder, text_encoder, tokenizer):
@@ -153,24 +168,60 @@ def load_weights(model, run_dir):
 
 
 def load(name, device="auto", jit=False):
-    """OpenAI's call: (model, preprocess) of a run folder, the model in eval mode.
+    """OpenAI's call: (model, preprocess) of a run folder or of one of OpenAI's names, the model in eval mode, in fp32.
 
     device: a torch device or its name; auto takes a GPU where there is one. jit: refused, as these towers do not script.
     preprocess maps a PIL image to the (3, size, size) pixels that model.encode_image takes, in batches.
-    Raises UserError for a folder that holds no usable run.
+    From then on `tokenize` uses this model's tokenizer.
+    Raises UserError for another name, a folder that holds no usable run, or weights that cannot be fetched.
     """
+    global last_tokenizer
     if jit:
         raise UserError("clip.load(jit=True): these models are not scripted; use torch.compile(model)")
-    run = load_run(name)
-    image_encoder = ImageEncoder(run["config"].image_encoder, "random", run["towers"]["image"]["size"])
-    text_tower = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**run["towers"]["text"]))
-    text_encoder = TextEncoder(text_tower, run["towers"]["pooling"])
-    model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
-    load_weights(model, name)
+    if name in OPENAI:
+        model = create_model(fill_in(replace(PRESETS["openai"], image_encoder=name)), [])
+    elif not Path(name).is_dir():
+        raise UserError(f"clip.load: {name} is neither a run folder nor known; there are {', '.join(available_models())}")
+    else:
+        run = load_run(name)
+        image_encoder = create_image_encoder(run["config"], "random", run["towers"]["image"]["size"])
+        text_tower = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**run["towers"]["text"]))
+        text_encoder = TextEncoder(text_tower, run["towers"]["pooling"])
+        model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
+        load_weights(model, name)
     model.eval().to(pick_device(str(device)))
+    size = model.image_encoder.size
+    last_tokenizer = model.tokenizer
 
     def preprocess(picture):
-        image = resize_image(np.asarray(picture.convert("RGB")), image_encoder.size)
-        return torch.from_numpy(center_crop(image, image_encoder.size)).permute(2, 0, 1).float()
+        image = resize_image(np.asarray(picture.convert("RGB")), size)
+        return torch.from_numpy(center_crop(image, size)).permute(2, 0, 1).float()
 
     return model, preprocess
+
+
+def available_models():
+    """OpenAI's call: the names that `load` takes, run folders under runs/ first."""
+    return sorted(path.parent.as_posix() for path in Path("runs").glob("*/model.safetensors")) + list(OPENAI)
+
+
+def tokenize(texts, context_length=CONTEXT_LENGTH, truncate=False):
+    """OpenAI's call: one text or a list of n -> (n, context_length) int64 token ids, padded at the end.
+
+    They are those of the model that was loaded last, as the call names none; before any was, OpenAI's.
+    truncate: cut a text that is too long; its end token stays.
+    Raises RuntimeError for such a text otherwise.
+    """
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    global last_tokenizer
+    last_tokenizer = last_tokenizer or openai_tokenizer(CONTEXT_LENGTH)
+    longest = min(context_length, last_tokenizer.truncation["max_length"])
+    input_ids = torch.full((len(texts), context_length), last_tokenizer.padding["pad_id"])
+    for row, (text, encoding) in enumerate(zip(texts, last_tokenizer.encode_batch(texts))):
+        ids = encoding.ids[: sum(encoding.attention_mask)]
+        if len(ids) > longest or encoding.overflowing:
+            if not truncate:
+                raise RuntimeError(f"Input {text} is too long for context length {longest}")
+            ids = ids[: longest - 1] + ids[-1:]
+        input_ids[row, : len(ids)] = torch.tensor(ids)
+    return input_ids

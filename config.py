@@ -25,15 +25,19 @@ class Config:
     num_workers: int = 4  # processes that cut crops while the towers compute, and threads that decode pictures
 
     # Towers
-    image_encoder: str = "resnet50"  # any timm name
-    image_weights: str = "pretrained"  # pretrained (model hub), random, or a local weight file of that timm model
+    image_encoder: str = "resnet50"  # timm name, OpenAI name (RN50, ViT-B/32), or vit, mixer, modified_resnet to be sized
+    image_weights: str = "pretrained"  # pretrained (model hub), random, or a local weight file of that model
     size: int = 0  # height and width of the image tower's input in pixels; 0: the tower's own
-    text_encoder: str = "distilbert-base-uncased"  # Hugging Face name or local folder; a model type if weights are random
-    text_weights: Literal["pretrained", "random"] = "pretrained"  # random: vocabulary made from the training captions
-    text_width: int = 768  # features of a token, for random text weights
-    text_layers: int = 6  # transformer layers, for random text weights
-    text_heads: int = 12  # attention heads a layer, for random text weights
-    vocab_size: int = 8192  # most entries of a vocabulary made here, for random text weights
+    patch_size: int = 8  # side of a patch in pixels, for vit and mixer
+    image_width: int = 192  # features of a patch, for vit and mixer; channels behind the stem, for modified_resnet
+    image_layers: int = 6  # layers, for vit and mixer; blocks in each of four stages, for modified_resnet
+    image_heads: int = 3  # attention heads a layer, for vit
+    text_encoder: str = "distilbert-base-uncased"  # Hugging Face name or folder; clip; a model type if weights are random
+    text_weights: Literal["pretrained", "random"] = "pretrained"  # random: from scratch, sized by the next four
+    text_width: int = 768  # features of a token
+    text_layers: int = 6  # layers
+    text_heads: int = 12  # attention heads a layer
+    vocab_size: int = 8192  # most entries of a vocabulary made from the training captions; clip has OpenAI's instead
     max_length: int = 200  # tokens; longer captions are cut
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
     freeze: Literal["none", "image", "text", "both"] = "none"  # towers kept still; their features are computed once
@@ -41,7 +45,7 @@ class Config:
     cached_views: int = 4  # random crops of a training image that are kept, for train_image_from; 1: its middle square
 
     # Heads
-    projection_dim: int = 256  # width d_e of the joint embedding
+    projection_dim: int = 256  # width d_e of the joint embedding; OpenAI's models have their own
     num_projection_layers: Literal[1, 2] = 1  # 1: the paper's linear map; 2: Linear, GELU, Linear, dropout, sum, LayerNorm
     dropout: float = 0.1  # in the two-layer head
     image_feature_dropout: float = 0.5  # on the image tower's features, before the head
@@ -71,38 +75,87 @@ class Config:
     resume: bool = False  # go on from the last checkpoint of run_dir, with its settings unless flags say otherwise
 
 
+OPENAI = {  # OpenAI's name: (timm's name of the image tower, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
+    "RN50": ("resnet50_clip", 1024, 512),
+    "RN101": ("resnet101_clip", 512, 512),
+    "RN50x4": ("resnet50x4_clip", 640, 640),
+    "RN50x16": ("resnet50x16_clip", 768, 768),
+    "RN50x64": ("resnet50x64_clip", 1024, 1024),
+    "ViT-B/32": ("vit_base_patch32_clip_quickgelu_224", 512, 512),
+    "ViT-B/16": ("vit_base_patch16_clip_quickgelu_224", 512, 512),
+    "ViT-L/14": ("vit_large_patch14_clip_quickgelu_224", 768, 768),
+    "ViT-L/14@336px": ("vit_large_patch14_clip_quickgelu_336", 768, 768),
+}
+CONTEXT_LENGTH = 77  # tokens that OpenAI's text towers take
+SHAPES = Config(
+    run_dir="runs/shapes",
+    data_dir="Datasets/shapes",
+    num_workers=0,
+    image_encoder="test_resnet",
+    image_weights="random",
+    size=64,
+    text_encoder="distilbert",
+    text_weights="random",
+    text_width=128,
+    text_layers=2,
+    text_heads=4,
+    vocab_size=512,
+    max_length=64,
+    image_feature_dropout=0.0,
+    text_feature_dropout=0.0,
+    heads_first=False,
+    epochs=12,
+    batch_size=128,
+    image_encoder_lr=4e-3,
+    text_encoder_lr=1e-3,
+    head_lr=2e-3,
+    weight_decay=0.05,
+    crop=0.95,
+)
+PAPER = replace(
+    SHAPES,
+    run_dir="runs/paper",
+    image_encoder="vit",
+    image_width=128,
+    image_layers=4,
+    image_heads=4,
+    text_encoder="clip",
+    text_width=128,
+    text_layers=4,
+    text_heads=4,
+    max_length=CONTEXT_LENGTH,
+    image_encoder_lr=1e-3,
+    epochs=20,
+)
 PRESETS = {
     "flickr8k": Config(run_dir="runs/flickr8k"),
-    "shapes": Config(
-        run_dir="runs/shapes",
-        data_dir="Datasets/shapes",
-        num_workers=0,
-        image_encoder="test_resnet",
-        image_weights="random",
-        size=64,
-        text_encoder="distilbert",
-        text_weights="random",
-        text_width=128,
-        text_layers=2,
-        text_heads=4,
-        vocab_size=512,
-        max_length=64,
+    "openai": Config(
+        run_dir="runs/openai",
+        image_encoder="ViT-B/32",
+        text_encoder="clip",
+        heads_first=False,
         image_feature_dropout=0.0,
         text_feature_dropout=0.0,
-        heads_first=False,
-        epochs=12,
-        batch_size=128,
-        image_encoder_lr=4e-3,
-        text_encoder_lr=1e-3,
-        head_lr=2e-3,
-        weight_decay=0.05,
-        crop=0.95,
+        image_encoder_lr=1e-5,
+        head_lr=1e-5,
+        weight_decay=0.1,
     ),
+    "shapes": SHAPES,
+    "gpt2": replace(SHAPES, run_dir="runs/gpt2", text_encoder="gpt2"),
+    "paper": PAPER,
+    "mixer": replace(PAPER, run_dir="runs/mixer", image_encoder="mixer", text_encoder="mixer"),
 }
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
-Presets: flickr8k (ResNet50 and DistilBERT, both pretrained) and shapes (a drawn sample, small towers from scratch).
+Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained) and openai (fine-tunes one of OpenAI's models).
+Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
+to right), paper (Vision Transformer and causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""
+
+
+def is_openai(config):
+    """True where both towers, and so the whole model, are one of OpenAI's."""
+    return config.image_encoder in OPENAI and config.text_encoder == "clip"
 
 
 def parse_config(arguments, default_preset):
@@ -131,9 +184,14 @@ def parse_config(arguments, default_preset):
 def fill_in(config):
     """The Config with the epochs, images a step and head rate that fit what is trained, where they are left open.
 
+    One of OpenAI's models has its own widths.
     Over cached features an epoch takes a fraction of a second and a step of 1000 pairs little memory, and heads alone
     bear a larger rate.
     """
+    if is_openai(config):
+        _, projection_dim, text_width = OPENAI[config.image_encoder]
+        config = replace(config, projection_dim=projection_dim, max_length=CONTEXT_LENGTH)
+        config = replace(config, text_width=text_width, text_layers=12, text_heads=text_width // 64)
     epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
     return replace(
         config,
@@ -147,6 +205,7 @@ def check(config):
     """Raises UserError for a value outside its range."""
     positive = ["max_length", "projection_dim", "cached_views", "head_lr", "image_encoder_lr", "text_encoder_lr"]
     positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
+    positive += ["patch_size", "image_width", "image_layers", "image_heads"]
     for name in positive:
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
@@ -167,6 +226,15 @@ def check(config):
         raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
     if config.train_image_from and config.compile:
         raise UserError("--compile: does not go with --train-image-from, which enters the tower half-way; leave one out")
+    if config.text_encoder == "clip" and config.text_weights == "pretrained" and not is_openai(config):
+        raise UserError(
+            f"--text-encoder clip: its weights are those of one of OpenAI's models, and {config.image_encoder} is none; "
+            f"pass --text-weights random, or --image-encoder {', '.join(OPENAI)}"
+        )
+    if is_openai(config) and (config.image_weights == "random") != (config.text_weights == "random"):
+        raise UserError("--image-weights, --text-weights: the towers of OpenAI's model are both random, or neither is")
+    if config.image_encoder == "vit" and config.image_width % config.image_heads:
+        raise UserError(f"--image-width {config.image_width}: must be a multiple of --image-heads {config.image_heads}")
     if config.text_weights == "random" and config.text_width % config.text_heads:
         raise UserError(f"--text-width {config.text_width}: must be a multiple of --text-heads {config.text_heads}")
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from storage import UserError, file_facts, key_of
 
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 MOST_ELONGATED = 3  # width to height, or height to width; what a picture has beyond is cut off evenly at both ends
 VIEW = f"shorter side resized, at most 1 to {MOST_ELONGATED}, middle square"  # what scoring sees; a part of cache keys
 READ_AHEAD = 256  # pictures decoded before the first of them is used

@@ -1,78 +1,29 @@
-"""Embeds a data set and scores it: python evaluate.py retrieval --run RUN [--data-dir DIR] [--split val]."""
+"""Scores a run: python evaluate.py retrieval|match|zeroshot|sts --run RUN ..."""
 
-import json
 import sys
-from itertools import islice
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+import scipy.stats
 import tyro
-from tqdm import tqdm
 
 import clip
 from captions import load_captions
 from config import load_run, parse_flags
-from dataset import as_batch, center_crop, pad, read_images
-from device import autocast, keep_freed_memory, pick_device, pick_dtype
-from storage import UserError, run_command, write_whole
+from dataset import center_crop, read_image
+from device import keep_freed_memory, pick_device, pick_dtype
+from embedding import file_features, project, text_features, token_ids
+from plots import draw_similarity
+from storage import UserError, run_command, write_json
+from sts import sts
+from zeroshot import zeroshot
 
 KS = (1, 5, 10)
-IMAGE_BATCH, TEXT_BATCH = 64, 256  # what embedding takes at a time; memory and speed change, results do not
+SHOWN_PAIRS = 8  # in the picture that `match` draws
+DRAWN_PIXELS = 128  # height and width of the pictures in it
 
 
-# ---- embedding ---------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def image_features(model, pictures, device, dtype, total):
-    """The image tower's features of pictures: an iterable of about `total` uint8 arrays from `dataset`, of which the
-    middle square is taken, or of activations of the tower's trunk.
-
-    Returns (n, d_i), fp32, on the CPU; n is 0 where there are no pictures.
-    """
-    model.eval()
-    encoder, features, pictures = model.image_encoder, [torch.empty(0, model.image_encoder.width)], iter(pictures)
-    with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
-        while batch := list(islice(pictures, IMAGE_BATCH)):
-            activations = torch.is_tensor(batch[0])
-            image = torch.stack(batch) if activations else as_batch([center_crop(picture, encoder.size) for picture in batch])
-            with autocast(device, dtype):
-                features.append(encoder(image.to(device)).float().cpu())
-            progress.update(len(batch))
-    return torch.cat(features)
-
-
-@torch.no_grad()
-def text_features(model, texts, device, dtype):
-    """The text tower's features of m lists of token ids: (m, d_t), fp32, on the CPU."""
-    model.eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # captions of like length need little padding
-    features = torch.empty(len(texts), model.text_encoder.width)
-    for start in tqdm(range(0, len(order), TEXT_BATCH), desc="captions", leave=False, disable=None):
-        rows = order[start : start + TEXT_BATCH]
-        input_ids, attention_mask = pad([texts[i] for i in rows], model.tokenizer.padding["pad_id"])
-        with autocast(device, dtype):
-            features[rows] = model.text_encoder(input_ids.to(device), attention_mask.to(device)).float().cpu()
-    return features
-
-
-@torch.no_grad()
-def project(head, features, device):
-    """A tower's features, (n, d), through its head: (n, d_e) embeddings of length 1, on the CPU."""
-    head.eval()
-    return F.normalize(head(features.to(device)), dim=1).cpu()
-
-
-def token_ids(tokenizer, captions):
-    """m captions -> m lists of token ids without padding."""
-    encodings = tokenizer.encode_batch(list(captions))
-    return [[i for i, real in zip(encoding.ids, encoding.attention_mask) if real] for encoding in encodings]
-
-
-# ---- retrieval ---------------------------------------------------------------------------------------------------
+# ---- scores of similarities --------------------------------------------------------------------------------------
 
 
 def recall(similarity, image_of_text):
@@ -106,11 +57,37 @@ def recall(similarity, image_of_text):
     return scores | {"rsum": sum(direction[f"R@{k}"] for direction in scores.values() for k in KS)}
 
 
+def match_choices(similarity, image_of_text, choices, seed):
+    """Which caption belongs to each image, out of `choices`: one of its own, and one of each of some other images.
+
+    similarity: (m, n) of m captions with n images. image_of_text: (m,) position of each caption's image. seed: of the
+    captions drawn.
+
+    Returns {"images", "choices", "accuracy", "chance", "interval"}, the last three in percent; interval holds the ends of
+    Wilson's 95% confidence interval of the accuracy. What scores the same as the right caption counts as wrong.
+    """
+    n, rng, right = similarity.shape[1], np.random.default_rng(seed), 0
+    captions_of = [np.flatnonzero(image_of_text == image) for image in range(n)]
+    for image in range(n):
+        others = rng.choice(n - 1, choices - 1, replace=False)
+        others += others >= image  # any image but this one
+        own, *wrong = (similarity[rng.choice(captions_of[i]), image] for i in [image, *others])
+        right += own > max(wrong)
+    low, high = scipy.stats.binomtest(int(right), n).proportion_ci(method="wilson")
+    percent = {"accuracy": 100 * right / n, "chance": 100 / choices, "interval": [100 * float(low), 100 * float(high)]}
+    return {"images": n, "choices": choices} | percent
+
+
 def score(model, I_f, T_f, image_of_text, device):
     """`recall` of features I_f, (n, d_i), and T_f, (m, d_t), through the model's heads."""
+    return recall(similarities(model, I_f, T_f, device), image_of_text)
+
+
+def similarities(model, I_f, T_f, device):
+    """The (m, n) cosines of m captions with n images, from their features."""
     I_e = project(model.image_projection, I_f, device)
     T_e = project(model.text_projection, T_f, device)
-    return recall((T_e @ I_e.T).numpy(), image_of_text)
+    return (T_e @ I_e.T).numpy()
 
 
 def positions_of_images(table):
@@ -127,6 +104,39 @@ def recall_table(scores):
         recalls = "".join(f"{row[f'R@{k}']:8.1f}" for k in KS)
         lines.append(f"{direction.replace('_', ' '):16}{recalls}{row['median_rank']:14g}")
     return "\n".join([*lines, f"rsum {scores['rsum']:.1f}"])
+
+
+# ---- captioned pictures --------------------------------------------------------------------------------------------
+
+
+def embed_split(run, data_dir, image_path, captions_path, split, skip_bad, num_workers, device, precision):
+    """Embeds a split of a data folder, the run's own where none is named.
+
+    Returns (similarity, image_of_text, captions, paths): the (m, n) cosines of m captions with n images, (m,) the position
+    of each caption's image, the m captions, and the paths of the n images.
+    Raises UserError where there is nothing to embed.
+    """
+    config = load_run(run)["config"]
+    keep_freed_memory()
+    device = pick_device(device)
+    dtype = pick_dtype(precision, device)
+    own_data = not (data_dir or image_path or captions_path)
+    sources = (config.data_dir, config.image_path, config.captions_path) if own_data else (data_dir, image_path, captions_path)
+    table, image_dir, skipped = load_captions(*sources, skip_bad=skip_bad, seed=config.seed)
+    chosen = table if split == "all" else table[table["split"] == split]
+    if chosen.empty:
+        counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
+        raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all takes every image")
+    model, _ = clip.load(run, device)
+    names, _ = positions_of_images(chosen)
+    I_f, bad = file_features(model, [image_dir / name for name in names], device, dtype, num_workers, skip_bad)
+    chosen = chosen[~chosen["image"].isin([names[position] for position in bad])]
+    names, image_of_text = positions_of_images(chosen)
+    captions = list(chosen["caption"])
+    T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
+    if skipped or bad:
+        print(f"left out: {len(skipped)} rows, {len(bad)} pictures")
+    return similarities(model, I_f, T_f, device), image_of_text, captions, [image_dir / name for name in names]
 
 
 def retrieval(
@@ -155,53 +165,80 @@ def retrieval(
         precision: of matrix products; auto: bf16 where native, else fp32
         json_path: file for the scores
     """
-    config = load_run(run)["config"]
-    keep_freed_memory()
-    device = pick_device(device)
-    dtype = pick_dtype(precision, device)
-    own_data = not (data_dir or image_path or captions_path)
-    sources = (config.data_dir, config.image_path, config.captions_path) if own_data else (data_dir, image_path, captions_path)
-    table, image_dir, skipped = load_captions(*sources, skip_bad=skip_bad, seed=config.seed)
-    chosen = table if split == "all" else table[table["split"] == split]
-    if chosen.empty:
-        counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
-        raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all takes every image")
-    model, _ = clip.load(run, device)
-    names, _ = positions_of_images(chosen)
-    bad = {}
-
-    def pictures():
-        paths = [image_dir / name for name in names]
-        for name, (picture, problem) in zip(names, read_images(paths, model.image_encoder.size, num_workers)):
-            if problem and not skip_bad:
-                raise UserError(f"{problem}; mend or remove it, or pass --skip-bad")
-            if problem:
-                bad[name] = problem
-            else:
-                yield picture
-
-    I_f = image_features(model, pictures(), device, dtype, len(names))
-    chosen = chosen[~chosen["image"].isin(bad)]
-    if chosen.empty:
-        raise UserError(f"{image_dir}: none of its {len(names)} pictures can be decoded")
-    names, image_of_text = positions_of_images(chosen)
-    T_f = text_features(model, token_ids(model.tokenizer, chosen["caption"]), device, dtype)
-    scores = {"images": len(names), "captions": len(chosen)} | score(model, I_f, T_f, image_of_text, device)
-    if skipped or bad:
-        print(f"left out: {len(skipped)} rows, {len(bad)} pictures")
-    print(f"{split}: {len(names):,} images, {len(chosen):,} captions; chance of R@1 from text to image {100 / len(names):.2f}%")
+    similarity, image_of_text, captions, paths = embed_split(
+        run, data_dir, image_path, captions_path, split, skip_bad, num_workers, device, precision
+    )
+    scores = {"images": len(paths), "captions": len(captions)} | recall(similarity, image_of_text)
+    print(
+        f"{split}: {len(paths):,} images, {len(captions):,} captions; chance of R@1 from text to image {100 / len(paths):.2f}%"
+    )
     print(recall_table(scores))
     if json_path:
-        write_whole(json_path, lambda path: Path(path).write_text(json.dumps(scores, indent=2) + "\n"))
+        write_json(json_path, scores)
 
 
-TASKS = {"retrieval": retrieval}
+def match(
+    run: str,
+    data_dir: str = "",
+    image_path: str = "",
+    captions_path: str = "",
+    split: Literal["train", "val", "test", "all"] = "val",
+    choices: int = 4,
+    seed: int = 0,
+    skip_bad: bool = False,
+    num_workers: int = 4,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    output: str = "match.png",
+    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
+):
+    """Gives each image its caption among several, and draws some images against a caption of each.
+
+    Args:
+        run: run folder
+        data_dir: folder with Images/ and a captions file; empty: the run's own data
+        image_path: folder of the images, where it is not in data_dir
+        captions_path: captions file, where it is not in data_dir
+        split: images to score; all takes every image of the folder
+        choices: captions that each image chooses from
+        seed: of the captions drawn
+        skip_bad: leave out unusable rows and pictures instead of stopping
+        num_workers: threads that decode pictures
+        device: auto, cpu, cuda, cuda:1, mps
+        precision: of matrix products; auto: bf16 where native, else fp32
+        output: PNG of the similarity matrix
+        json_path: file for the scores
+    """
+    if choices < 2:
+        raise UserError(f"--choices {choices}: must be 2 or more")
+    similarity, image_of_text, captions, paths = embed_split(
+        run, data_dir, image_path, captions_path, split, skip_bad, num_workers, device, precision
+    )
+    if len(paths) < choices:
+        raise UserError(f"--choices {choices}: there are only {len(paths)} images to take captions from")
+    scores = match_choices(similarity, image_of_text, choices, seed)
+    low, high = scores["interval"]
+    print(f"{split}: {len(paths):,} images, each with its caption among {choices}")
+    print(f"right {scores['accuracy']:.1f}% (95% interval {low:.1f} to {high:.1f}), chance {scores['chance']:.1f}%")
+    rng = np.random.default_rng(seed)
+    images = np.sort(rng.choice(len(paths), min(SHOWN_PAIRS, len(paths)), replace=False))
+    rows = [rng.choice(np.flatnonzero(image_of_text == image)) for image in images]
+    pictures = [center_crop(read_image(paths[image], DRAWN_PIXELS), DRAWN_PIXELS) for image in images]
+    draw_similarity(pictures, [captions[row] for row in rows], similarity[np.ix_(rows, images)], output)
+    print(f"drawn in {output}")
+    if json_path:
+        write_json(json_path, scores)
+
+
+TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts}
 
 
 def main():
     task, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if task in ("-h", "--help"):
-        print(f"{__doc__}\n\nTasks: {', '.join(TASKS)}; python evaluate.py TASK --help lists the flags of one.")
+        print(f"{__doc__}\n")
+        print("\n".join(f"  {name:10} {function.__doc__.splitlines()[0]}" for name, function in TASKS.items()))
+        print("\npython evaluate.py TASK --help lists the flags of one.")
     elif task not in TASKS:
         raise UserError(f"task {task!r} is unknown; there are {', '.join(TASKS)}")
     else:

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from config import is_openai
 from dataset import VIEW, CLIPDataset, as_batch, center_crop
 from device import autocast
-from evaluate import IMAGE_BATCH, image_features, text_features
+from embedding import IMAGE_BATCH, image_features, text_features
 from storage import cached_tensor, file_facts, key_of, key_of_weights
 
 
@@ -27,12 +28,15 @@ def freeze_towers(config, model, splits, image_dir, device, dtype):
             )
         if config.freeze in ("text", "both"):
             pairs.texts = kept_text_features(model, pairs.texts, folder, device, dtype)
+    new_heads = not is_openai(config) or config.image_weights == "random"  # trained ones expect features as they are
     if config.freeze in ("image", "both"):
         image_encoder.requires_grad_(False)
-        model.image_projection.standardise(splits["train"].images)
+        if new_heads:
+            model.image_projection.standardise(splits["train"].images)
     if config.freeze in ("text", "both"):
         model.text_encoder.requires_grad_(False)
-        model.text_projection.standardise(splits["train"].texts)
+        if new_heads:
+            model.text_projection.standardise(splits["train"].texts)
 
 
 def kept_image_features(model, pairs, image_dir, folder, device, dtype):

@@ -1,6 +1,5 @@
 """Searches pictures with words: python inference.py "a dog runs on the beach" [--run RUN] [--images FOLDER]."""
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -13,15 +12,14 @@ import tyro
 import clip
 from captions import load_captions
 from config import load_run, parse_flags
-from dataset import VIEW, read_image, read_images
+from dataset import PICTURE_ENDINGS, VIEW, read_image
 from device import keep_freed_memory, pick_device, pick_dtype
-from evaluate import image_features, project
+from embedding import file_features, project
 from index import FROM, nearest, open_index
 from plots import draw_grid
-from storage import UserError, cached_tensor, file_facts, key_of, key_of_weights, run_command, write_whole
+from storage import UserError, cached_tensor, file_facts, key_of, key_of_weights, run_command, write_json
 from tokenizer import tokenize
 
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
 
 
@@ -78,26 +76,16 @@ def embed_gallery(model, paths, cache_dir, device, dtype, num_workers=0):
     Raises UserError where none can be read.
     """
     key = key_of(key_of_weights(model), VIEW, model.image_encoder.size, dtype, file_facts(paths))
-    bad = []
-
-    def pictures():
-        for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
-            if problem:
-                bad.append(position)
-            else:
-                yield picture
 
     def embed():
-        I_e = project(model.image_projection, image_features(model, pictures(), device, dtype, len(paths)), device)
+        I_f, bad = file_features(model, paths, device, dtype, num_workers, skip_bad=True)
         whole = torch.full(shape, math.nan)  # NaN marks a picture that cannot be read
-        whole[np.setdiff1d(np.arange(len(paths)), bad)] = I_e
+        whole[np.setdiff1d(np.arange(len(paths)), list(bad))] = project(model.image_projection, I_f, device)
         return [whole]
 
     shape = (len(paths), model.image_projection.projection.out_features)
     embeddings = cached_tensor(Path(cache_dir) / f"gallery-{key}.npy", shape, torch.float32, embed)
     good = (~embeddings[:, 0].isnan()).nonzero()[:, 0].tolist()
-    if len(good) == 0:
-        raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
     if len(good) < len(paths):
         print(f"left out {len(paths) - len(good)} pictures that cannot be decoded")
     return [str(paths[i]) for i in good], embeddings[good], key
@@ -150,7 +138,7 @@ def search(
     print(f"drawn in {output}")
     if json_path:
         found = {"query": query, "matches": [{"filename": name, "score": score} for name, score in matches]}
-        write_whole(json_path, lambda path: Path(path).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8"))
+        write_json(json_path, found)
 
 
 if __name__ == "__main__":

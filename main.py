@@ -15,11 +15,12 @@ import gradient_cache
 from captions import load_captions
 from checkpoint import best_rsum, load_last, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
-from config import PRESETS, fill_in, parse_config
+from config import SHAPES, fill_in, is_openai, parse_config
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
 from device import autocast, keep_freed_memory, pick_device, pick_dtype
-from evaluate import image_features, positions_of_images, project, recall_table, score, text_features, token_ids
+from embedding import image_features, project, text_features, token_ids
+from evaluate import positions_of_images, recall_table, score
 from frozen import freeze_towers
 from plots import draw_curves, draw_matches, draw_similarity
 from storage import UserError, run_command
@@ -185,7 +186,13 @@ def train(config):
     if not config.resume:
         start_run(config, model, skipped + bad)
     pretrained = "random" not in (config.image_weights, config.text_weights)
-    if config.heads_first and pretrained and config.freeze != "both" and not (run_dir / "last.pt").exists():
+    if (
+        config.heads_first
+        and pretrained
+        and not is_openai(config)
+        and config.freeze != "both"
+        and not (run_dir / "last.pt").exists()
+    ):
         begun = config.resume and (run_dir / "heads" / "config.json").exists()
         print("heads first, on features of the towers held still")
         still = replace(config, freeze="both", train_image_from="", micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)
@@ -276,11 +283,11 @@ def main():
     config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir else "shapes")
     reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if preset == "shapes" and not flickr8k_dir else ""
     print(f"preset {preset}{reason}", flush=True)
-    if preset == "flickr8k" and not (config.data_dir or config.captions_path):
+    if not (config.data_dir or config.captions_path):
         if not (flickr8k_dir or config.download):
             raise UserError(f"no Flickr8k in {' or '.join(flickr8k.PLACES)}; pass --download, or {flickr8k.BY_HAND}")
         config = replace(config, data_dir=str(flickr8k_dir or flickr8k.download()))
-    if preset == "shapes" and config.data_dir == PRESETS["shapes"].data_dir and not Path(config.data_dir).exists():
+    if config.data_dir == SHAPES.data_dir and not Path(config.data_dir).exists():
         print(f"drawing the sample into {config.data_dir}", flush=True)
         try:
             shapes.draw(config.data_dir)

@@ -1,42 +1,18 @@
 """The parts of the model: an image tower, a text tower and the heads that project both into one space."""
 
-import logging
-import urllib.error
-import urllib.request
-from pathlib import Path
-
-import huggingface_hub
-import timm
 import torch
+import torch.nn.functional as F
 import transformers
 from timm.data import resolve_model_data_config
-from timm.models import load_state_dict
+from timm.layers import AttentionPool2d
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from convolution import speed_up
 from storage import UserError
+from towers import SIZED, sized_image_tower, timm_tower
 
 BUCKET = 32  # captions that a CPU takes at a time
-HUB_TIMEOUT = 5  # seconds that a model hub has for its first answer
-
-transformers.logging.set_verbosity_error()  # its notes on unused weights and missing heads help nobody here
-transformers.logging.disable_progress_bar()
-logging.getLogger("timm").setLevel(logging.ERROR)
-
-
-def go_offline_without_hub():
-    """Where no model hub answers, tells huggingface_hub so: files fetched before still load, others fail at once.
-
-    Left alone, the libraries try every file five times with growing pauses.
-    """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
-    try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, whatever it says
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
 class Reached(Exception):
@@ -46,64 +22,35 @@ class Reached(Exception):
 class ImageEncoder(nn.Module):
     """Any timm model as a tower: pixels to one feature vector an image.
 
-    name: a timm model name, such as resnet50.
+    name: a timm model name, such as resnet50, or a kind of `sized_image_tower`.
     weights: "pretrained" (from the model hub), "random", or the path of a weight file with timm's key names.
     size: height and width of the input in pixels; 0 for the tower's own.
+    sizes: patch_size, width, layers and heads of a `sized_image_tower`.
 
-    Attributes: width (d_i), size, and mean and std of the pixels it expects, (1, 3, 1, 1) in units of 0 to 255.
+    Attributes: width (d_i), size, attention_pool (whether the tower ends in one), and mean and std of the pixels that it
+    expects, (1, 3, 1, 1) in units of 0 to 255.
     Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
 
-    def __init__(self, name, weights="random", size=0):
+    def __init__(self, name, weights="random", size=0, sizes=None):
         super().__init__()
-        if weights == "pretrained":
-            go_offline_without_hub()
-        try:
-            self.tower = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
-        except (RuntimeError, ValueError) as error:
-            if timm.is_model(name.partition(".")[0]):
-                raise UserError(f"--image-encoder {name}: {str(error).splitlines()[0]}") from None
-            near = ", ".join(timm.list_models(f"{name[:6]}*")[:5]) or "timm.list_models() has all"
-            raise UserError(f"--image-encoder {name}: timm has no such model (near: {near})") from None
-        except OSError as error:
-            raise UserError(
-                f"--image-encoder {name}: its pretrained weights are neither on this machine nor to be fetched "
-                f"({type(error).__name__}); pass --image-weights FILE, or --image-weights random"
-            ) from None
-        if weights not in ("pretrained", "random"):
-            self.load_weights(name, weights)
+        if name in SIZED:
+            if weights != "random" or not size:
+                raise UserError(f"--image-encoder {name}: is made from scratch; pass --image-weights random and a --size")
+            self.tower = sized_image_tower(name, size, *sizes)
+        else:
+            self.tower = timm_tower(name, weights)
         data = resolve_model_data_config(self.tower)
         self.size = size or data["input_size"][1]
         if hasattr(self.tower, "set_input_size"):  # towers with position embeddings have to be told
             self.tower.set_input_size(img_size=self.size)
         self.width = self.tower.num_features if not hasattr(self.tower, "head_hidden_size") else self.tower.head_hidden_size
+        self.attention_pool = isinstance(getattr(self.tower, "head", None), AttentionPool2d)
         self.pretrained = weights != "random"
         self.stage, self.activation_shape = None, None
         speed_up(self.tower, self.size)
         self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(data["std"]).view(1, 3, 1, 1))
-
-    def load_weights(self, name, path):
-        """Loads a weight file that has to fit exactly, but for its classifier. Raises UserError where it does not."""
-        try:
-            state = load_state_dict(path, weights_only=True)
-        except (FileNotFoundError, IsADirectoryError):
-            raise UserError(f"--image-weights {path}: no such file (nor 'pretrained' or 'random')") from None
-        except Exception as error:  # whatever a damaged file makes the readers of three formats raise
-            raise UserError(f"--image-weights {path}: cannot be read ({type(error).__name__}: {error})") from None
-        classifiers = self.tower.pretrained_cfg.get("classifier") or ()
-        classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
-        wanted = self.tower.state_dict()
-        state = {
-            key: value
-            for key, value in state.items()
-            if key in wanted or not key.startswith(tuple(f"{c}." for c in classifiers))
-        }
-        unfit = sorted(wanted.keys() ^ state.keys())
-        unfit += [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
-        if unfit:
-            raise UserError(f"--image-weights {path}: does not fit {name}: {len(unfit)} tensors differ ({unfit[0]}, ...)")
-        self.tower.load_state_dict(state)
 
     def stages(self):
         """The names of the stages from which the tower can be trained: its parts with weights, and the parts of those."""
@@ -185,40 +132,6 @@ class ImageEncoder(nn.Module):
             hook.remove()
 
 
-def random_text_tower(model_type, width, layers, heads, vocab_size, max_length):
-    """The configuration of an untrained Hugging Face text tower. Raises UserError for an unknown type."""
-    try:
-        config = transformers.AutoConfig.for_model(model_type)
-    except ValueError:
-        raise UserError(
-            f"--text-encoder {model_type}: with random weights it names a model type, such as distilbert, bert or gpt2"
-        ) from None
-    config.vocab_size = vocab_size
-    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = width, layers, heads
-    config.max_position_embeddings = max_length
-    for feed_forward in ("hidden_dim", "intermediate_size"):  # each family has its own name for it
-        if hasattr(config, feed_forward):
-            setattr(config, feed_forward, 4 * width)
-    return config
-
-
-def load_pretrained(auto_class, name):
-    """auto_class.from_pretrained(name). Raises UserError where there is no such folder and no hub has it."""
-    if not Path(name).is_dir():
-        go_offline_without_hub()
-    try:
-        return auto_class.from_pretrained(name)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        what = "tokenizer" if auto_class is transformers.AutoTokenizer else "model"
-        if Path(name).is_dir():
-            reason = str(error).split("\n")[0][:200]
-            raise UserError(f"--text-encoder {name}: this folder holds no {what} that loads ({reason})") from None
-        raise UserError(
-            f"--text-encoder {name}: no such folder, and its {what} is neither on this machine nor to be fetched from a "
-            "model hub; name a local folder, or a model type with --text-weights random"
-        ) from None
-
-
 class TextEncoder(nn.Module):
     """Any Hugging Face text model as a tower: token ids to one feature vector a caption.
 
@@ -270,22 +183,93 @@ class TextEncoder(nn.Module):
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 
 
+class TextMixerConfig(transformers.PreTrainedConfig):
+    """The sizes of a `TextMixer`, by Hugging Face's names. max_position_embeddings: its fixed context, in tokens."""
+
+    model_type = "mixer"
+
+    def __init__(
+        self,
+        vocab_size=8192,
+        hidden_size=512,
+        num_hidden_layers=12,
+        intermediate_size=2048,
+        max_position_embeddings=77,
+        **others,
+    ):
+        super().__init__(**others)
+        self.vocab_size, self.hidden_size, self.num_hidden_layers = vocab_size, hidden_size, num_hidden_layers
+        self.intermediate_size, self.max_position_embeddings = intermediate_size, max_position_embeddings
+
+
+class MixerLayer(nn.Module):
+    """One MLP over the tokens, the same for each feature, then one over the features, the same for each token."""
+
+    def __init__(self, config):
+        super().__init__()
+        length, width = config.max_position_embeddings, config.hidden_size
+        self.token_norm, self.channel_norm = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.token_in, self.token_out = nn.Linear(length, width // 2), nn.Linear(width // 2, length)
+        self.channel_in, self.channel_out = (
+            nn.Linear(width, config.intermediate_size),
+            nn.Linear(config.intermediate_size, width),
+        )
+
+    def forward(self, x, mask):
+        """x: (n, l, d_t), mask: (n, l, 1), 1 at real tokens -> (n, l, d_t)."""
+        length = x.shape[1]  # where it is below the context, the rest would be padding and, as zeros, add nothing
+        y = (self.token_norm(x) * mask).mT  # (n, d_t, l); zeros keep padding out of the sum over the tokens
+        y = F.gelu(F.linear(y, self.token_in.weight[:, :length], self.token_in.bias))  # (n, d_t, d_t / 2)
+        x = x + F.linear(y, self.token_out.weight[:length], self.token_out.bias[:length]).mT  # (n, l, d_t)
+        return x + self.channel_out(F.gelu(self.channel_in(self.channel_norm(x))))
+
+
+class TextMixer(transformers.PreTrainedModel):
+    """An MLP-Mixer (Tolstikhin et al. 2021) over tokens instead of patches.
+
+    Where a token stands shows in the weights that it meets: there are no position embeddings.
+    """
+
+    config_class = TextMixerConfig
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.token_embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(MixerLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.LayerNorm(config.hidden_size)
+        self.post_init()
+
+    def forward(self, input_ids, attention_mask=None):
+        """input_ids, attention_mask: (n, l), l at most the context -> an output with last_hidden_state, (n, l, d_t)."""
+        x = self.token_embedding(input_ids)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = mask.unsqueeze(-1).to(x.dtype)  # (n, l, 1)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return BaseModelOutput(last_hidden_state=self.norm(x))
+
+
+transformers.AutoConfig.register(TextMixerConfig.model_type, TextMixerConfig)
+transformers.AutoModel.register(TextMixerConfig, TextMixer)
+
+
 class ProjectionHead(nn.Module):
     """A tower's features to the joint embedding: (n, d) -> (n, d_e).
 
-    layers: 1 is the paper's linear map without a bias; 2 is the residual head of many teaching scripts.
+    layers: 1 is the paper's linear map; 2 is the residual head of many teaching scripts.
+    bias: of the linear map, which has none in the paper but behind attention pooling.
     feature_dropout: share of the incoming features dropped while training.
 
     Features are first standardised with `mean` and `std`, (d,), which `standardise` sets for a frozen tower; as made
     they change nothing.
     """
 
-    def __init__(self, width, projection_dim, layers=1, dropout=0.1, feature_dropout=0.0):
+    def __init__(self, width, projection_dim, layers=1, dropout=0.1, feature_dropout=0.0, bias=False):
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         self.feature_dropout = nn.Dropout(feature_dropout)
-        self.projection = nn.Linear(width, projection_dim, bias=False)
+        self.projection = nn.Linear(width, projection_dim, bias=bias)
         self.residual = None
         if layers == 2:
             self.residual = nn.Sequential(nn.GELU(), nn.Linear(projection_dim, projection_dim), nn.Dropout(dropout))

@@ -10,6 +10,7 @@ import numpy as np
 
 from storage import write_whole
 
+MOST_NAMES = 60  # classes whose names a confusion matrix has room for
 INK, RIGHT, SOFT = "#333333", "#2e8b57", "#999999"
 
 
@@ -68,6 +69,23 @@ def draw_similarity(pictures, captions, similarity, path):
         inset = axes.inset_axes([column - 0.48, -1.56, 0.96, 1.0], transform=axes.transData)
         inset.imshow(picture)
         inset.axis("off")
+    save(figure, path)
+
+
+def draw_confusion(names, counts, path):
+    """A confusion matrix: names of c classes; counts, (c, c), a row a true class, a column a class that was answered."""
+    c = len(names)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # of each true class's pictures
+    side = min(14, max(4, 0.32 * c))
+    figure, axes = plt.subplots(figsize=(side + 2, side + 1.5))
+    image = axes.imshow(shares, cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(image, fraction=0.04, pad=0.02, label="share of the true class's pictures")
+    axes.set(xlabel="answer", ylabel="true class")
+    if c <= MOST_NAMES:
+        axes.set_xticks(range(c), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(c), names, fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     save(figure, path)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -48,6 +49,11 @@ def write_whole(path, write):
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space, or name another place") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path, value):
+    """Writes plain values as JSON, whole or not at all."""
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def file_facts(paths):

@@ -1,4 +1,4 @@
-"""Captions to token ids: a tower's own tokenizer, or a WordPiece vocabulary made from the captions at hand.
+"""Captions to token ids: a tower's own tokenizer, OpenAI's, or a WordPiece vocabulary made from the captions at hand.
 
 Everywhere a tokenizer is a `tokenizers.Tokenizer` that cuts at its `max_length` and pads to the longest text of a call,
 and one file, tokenizer.json, holds all of it.
@@ -11,8 +11,8 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from modules import load_pretrained
 from storage import UserError, write_whole
+from towers import load_pretrained
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
@@ -45,6 +45,20 @@ def pretrained_tokenizer(name, max_length):
     whole = load_pretrained(transformers.AutoTokenizer, name)
     pad = whole.pad_token or whole.eos_token  # GPT-2 has no padding of its own; the mask hides whatever is taken
     return shaped(whole.backend_tokenizer, max_length, whole.convert_tokens_to_ids(pad), pad)
+
+
+def openai_tokenizer(max_length):
+    """OpenAI's byte-pair encoding of 49,408 tokens, with the vocabulary that open_clip carries.
+
+    Every text begins and ends with a token of its own, and zeros pad it.
+    """
+    from open_clip.tokenizer import SimpleTokenizer  # an import of seconds that other towers do without
+
+    theirs = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): number for token, number in theirs.encoder.items()}
+    whole = transformers.CLIPTokenizer(vocab=vocabulary, merges=list(theirs.bpe_ranks))
+    return shaped(whole.backend_tokenizer, max_length, 0, whole.convert_ids_to_tokens(0))
 
 
 def shaped(tokenizer, max_length, pad_id, pad_token):

@@ -27,7 +27,8 @@ from config import PRESETS, parse_flags
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import shapes
 from device import keep_freed_memory, pick_dtype
-from evaluate import positions_of_images, token_ids
+from embedding import token_ids
+from evaluate import positions_of_images
 from main import parameter_groups, train_epoch
 from storage import run_command
 

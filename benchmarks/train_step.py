@@ -26,11 +26,13 @@ from clip import CLIPModel, contrastive_loss
 from config import PRESETS, Config, parse_flags
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
-from evaluate import positions_of_images, token_ids
+from embedding import token_ids
+from evaluate import positions_of_images
 from main import parameter_groups, train_epoch
-from modules import ImageEncoder, TextEncoder, load_pretrained
+from modules import ImageEncoder, TextEncoder
 from storage import run_command
 from tokenizer import pretrained_tokenizer, train_tokenizer
+from towers import load_pretrained
 
 import torch  # isort: skip
 

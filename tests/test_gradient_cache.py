@@ -8,8 +8,9 @@ import transformers
 
 import gradient_cache
 from clip import CLIPModel, contrastive_loss
-from modules import ImageEncoder, TextEncoder, random_text_tower
+from modules import ImageEncoder, TextEncoder
 from tokenizer import train_tokenizer
+from towers import random_text_tower
 
 CPU, N, MICRO = torch.device("cpu"), 12, 4
 SCALER = torch.amp.GradScaler("cpu", enabled=False)

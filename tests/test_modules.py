@@ -9,9 +9,10 @@ import torch
 import transformers
 
 from config import Config
-from modules import BUCKET, ImageEncoder, ProjectionHead, TextEncoder, random_text_tower
+from modules import BUCKET, ImageEncoder, ProjectionHead, TextEncoder
 from storage import UserError, key_of_weights
 from tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
+from towers import load_pretrained, random_text_tower
 
 CAPTIONS = ["a red circle is left of a blue square", "two dogs run over the grass", "a dog jumps"]
 
@@ -119,13 +120,11 @@ def test_a_pretrained_folder_loads_with_its_tokenizer(tmp_path):
 def test_text_encoders_that_cannot_be_had_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.*local folder"):
         pretrained_tokenizer("nowhere/at-all", max_length=16)
-    with pytest.raises(UserError, match="distilbert, bert or gpt2"):
+    with pytest.raises(UserError, match="clip, mixer, distilbert, bert, gpt2"):
         text_encoder("no-such-type")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
     with pytest.raises(UserError, match="--text-encoder"):
-        from modules import load_pretrained
-
         load_pretrained(transformers.AutoModel, str(tmp_path))
 
 

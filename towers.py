@@ -1,0 +1,146 @@
+"""Towers from names, weight files and sizes: timm's for pictures, Hugging Face's for text."""
+
+import logging
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import huggingface_hub
+import timm
+import transformers
+from timm.models import load_state_dict
+from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.vision_transformer import VisionTransformer
+
+from storage import UserError
+
+HUB_TIMEOUT = 5  # seconds that a model hub has for its first answer
+SIZED = ("vit", "mixer", "modified_resnet")  # kinds of image towers of any size
+
+transformers.logging.set_verbosity_error()  # its notes on unused weights and missing heads help nobody here
+transformers.logging.disable_progress_bar()
+logging.getLogger("timm").setLevel(logging.ERROR)
+
+
+def go_offline_without_hub():
+    """Where no model hub answers, tells huggingface_hub so: files fetched before still load, others fail at once.
+
+    Left alone, the libraries try every file five times with growing pauses.
+    """
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return
+    try:
+        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
+    except urllib.error.HTTPError:
+        pass  # an answer, whatever it says
+    except OSError:
+        huggingface_hub.constants.HF_HUB_OFFLINE = True
+
+
+def timm_tower(name, weights):
+    """A timm model without its classifier. weights: "pretrained" (model hub), "random", or the path of a weight file.
+
+    Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
+    """
+    if weights == "pretrained":
+        go_offline_without_hub()
+    try:
+        tower = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
+    except (RuntimeError, ValueError) as error:
+        if timm.is_model(name.partition(".")[0]):
+            raise UserError(f"--image-encoder {name}: {str(error).splitlines()[0]}") from None
+        near = ", ".join(timm.list_models(f"{name[:6]}*")[:5]) or "timm.list_models() has all"
+        raise UserError(f"--image-encoder {name}: timm has no such model (near: {near})") from None
+    except OSError as error:
+        raise UserError(
+            f"--image-encoder {name}: its pretrained weights are neither on this machine nor to be fetched "
+            f"({type(error).__name__}); pass --image-weights FILE, or --image-weights random"
+        ) from None
+    if weights not in ("pretrained", "random"):
+        load_weight_file(tower, name, weights)
+    return tower
+
+
+def read_weight_file(path):
+    """The state dict in a file of any format. Raises UserError where there is none."""
+    try:
+        return load_state_dict(path, weights_only=True)
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"--image-weights {path}: no such file (nor 'pretrained' or 'random')") from None
+    except Exception as error:  # whatever a damaged file makes the readers of three formats raise
+        raise UserError(f"--image-weights {path}: cannot be read ({type(error).__name__}: {error})") from None
+
+
+def load_weight_file(tower, name, path):
+    """Loads a weight file that has to fit exactly, but for its classifier. Raises UserError where it does not."""
+    state = read_weight_file(path)
+    classifiers = tower.pretrained_cfg.get("classifier") or ()
+    classifiers = (classifiers,) if isinstance(classifiers, str) else tuple(classifiers)
+    wanted = tower.state_dict()
+    state = {
+        key: value for key, value in state.items() if key in wanted or not key.startswith(tuple(f"{c}." for c in classifiers))
+    }
+    unfit = sorted(wanted.keys() ^ state.keys())
+    unfit += [key for key in wanted.keys() & state.keys() if wanted[key].shape != state[key].shape]
+    if unfit:
+        raise UserError(f"--image-weights {path}: does not fit {name}: {len(unfit)} tensors differ ({unfit[0]}, ...)")
+    tower.load_state_dict(state)
+
+
+def sized_image_tower(kind, size, patch_size, width, layers, heads):
+    """An untrained timm tower of the paper's kinds, or an MLP-Mixer (Tolstikhin et al. 2021), of any size.
+
+    kind: "vit", "mixer" or "modified_resnet", the paper's ResNet (three-convolution stem, average pooling before strides,
+    attention pooling). size, patch_size: in pixels. width, layers: features and layers; for the ResNet the channels behind
+    the stem and the blocks in each of its four stages. heads: attention heads a layer, for "vit".
+    Raises UserError where the patches do not fill the picture.
+    """
+    if kind == "modified_resnet":
+        blocks = [ByoBlockCfg(type="bottle", d=layers, c=4 * width * 2**i, s=min(i + 1, 2), br=0.25) for i in range(4)]
+        stem = {"stem_chs": (width // 2, width // 2, width), "stem_type": "", "stem_pool": "avg2"}
+        config = ByoModelCfg(blocks=tuple(blocks), downsample="avg", aa_layer="avg", head_type="attn_abs", **stem)
+        return ByobNet(config, num_classes=0, img_size=size)
+    if size % patch_size:
+        raise UserError(f"--patch-size {patch_size}: does not divide --size {size}")
+    shape = {"img_size": size, "patch_size": patch_size, "embed_dim": width, "num_classes": 0}
+    if kind == "mixer":
+        return MlpMixer(num_blocks=layers, **shape)
+    return VisionTransformer(depth=layers, num_heads=heads, pre_norm=True, act_layer="quick_gelu", **shape)
+
+
+def random_text_tower(model_type, width, layers, heads, vocab_size, max_length):
+    """The configuration of an untrained Hugging Face text tower. Raises UserError for an unknown type.
+
+    model_type: Hugging Face's name of the family; "clip" is the paper's causal Transformer.
+    """
+    try:
+        config = transformers.AutoConfig.for_model("clip_text_model" if model_type == "clip" else model_type)
+    except ValueError:
+        raise UserError(
+            f"--text-encoder {model_type}: with random weights it is a model type: clip, mixer, distilbert, bert, gpt2, ..."
+        ) from None
+    config.vocab_size = vocab_size
+    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = width, layers, heads
+    config.max_position_embeddings = max_length
+    for feed_forward in ("hidden_dim", "intermediate_size"):  # each family has its own name for it
+        if hasattr(config, feed_forward):
+            setattr(config, feed_forward, 4 * width)
+    return config
+
+
+def load_pretrained(auto_class, name):
+    """auto_class.from_pretrained(name). Raises UserError where there is no such folder and no hub has it."""
+    if not Path(name).is_dir():
+        go_offline_without_hub()
+    try:
+        return auto_class.from_pretrained(name)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        what = "tokenizer" if auto_class is transformers.AutoTokenizer else "model"
+        if Path(name).is_dir():
+            reason = str(error).split("\n")[0][:200]
+            raise UserError(f"--text-encoder {name}: this folder holds no {what} that loads ({reason})") from None
+        raise UserError(
+            f"--text-encoder {name}: no such folder, and its {what} is neither on this machine nor to be fetched from a "
+            "model hub; name a local folder, or a model type with --text-weights random"
+        ) from None
