@@ -169,9 +169,8 @@ def retrieval(
         run, data_dir, image_path, captions_path, split, skip_bad, num_workers, device, precision
     )
     scores = {"images": len(paths), "captions": len(captions)} | recall(similarity, image_of_text)
-    print(
-        f"{split}: {len(paths):,} images, {len(captions):,} captions; chance of R@1 from text to image {100 / len(paths):.2f}%"
-    )
+    chance = f"chance of R@1 from text to image {100 / len(paths):.2f}%"
+    print(f"{split}: {len(paths):,} images, {len(captions):,} captions; {chance}")
     print(recall_table(scores))
     if json_path:
         write_json(json_path, scores)

@@ -185,14 +185,8 @@ def train(config):
 
     if not config.resume:
         start_run(config, model, skipped + bad)
-    pretrained = "random" not in (config.image_weights, config.text_weights)
-    if (
-        config.heads_first
-        and pretrained
-        and not is_openai(config)
-        and config.freeze != "both"
-        and not (run_dir / "last.pt").exists()
-    ):
+    new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
+    if config.heads_first and new_heads and config.freeze != "both" and not (run_dir / "last.pt").exists():
         begun = config.resume and (run_dir / "heads" / "config.json").exists()
         print("heads first, on features of the towers held still")
         still = replace(config, freeze="both", train_image_from="", micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)

@@ -207,13 +207,10 @@ class MixerLayer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        length, width = config.max_position_embeddings, config.hidden_size
+        context, width, inner = config.max_position_embeddings, config.hidden_size, config.intermediate_size
         self.token_norm, self.channel_norm = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.token_in, self.token_out = nn.Linear(length, width // 2), nn.Linear(width // 2, length)
-        self.channel_in, self.channel_out = (
-            nn.Linear(width, config.intermediate_size),
-            nn.Linear(config.intermediate_size, width),
-        )
+        self.token_in, self.token_out = nn.Linear(context, width // 2), nn.Linear(width // 2, context)
+        self.channel_in, self.channel_out = nn.Linear(width, inner), nn.Linear(inner, width)
 
     def forward(self, x, mask):
         """x: (n, l, d_t), mask: (n, l, 1), 1 at real tokens -> (n, l, d_t)."""

@@ -32,9 +32,8 @@ def load_openai(model, name, weights, whole):
     state = {key: value.float() for key, value in state.items()}
     try:
         image = image_state(state, model.image_encoder.tower)
-        head = {
-            key.rpartition(".")[2]: image.pop(key) for key in list(image) if re.match(r"head\.(proj\.)?(weight|bias)$", key)
-        }
+        projection = [key for key in image if re.match(r"head\.(proj\.)?(weight|bias)$", key)]
+        head = {key.rpartition(".")[2]: image.pop(key) for key in projection}
         model.image_encoder.tower.load_state_dict(image)
         model.image_encoder.pretrained = True
         if whole:

@@ -1,0 +1,82 @@
+"""Pictures and captions to features of the towers, and those to embeddings."""
+
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from dataset import as_batch, center_crop, pad, read_images
+from device import autocast
+from storage import UserError
+
+IMAGE_BATCH, TEXT_BATCH = 64, 256  # what embedding takes at a time; memory and speed change, results do not
+
+
+@torch.no_grad()
+def image_features(model, pictures, device, dtype, total):
+    """The image tower's features of pictures: an iterable of about `total` uint8 arrays from `dataset`, of which the
+    middle square is taken, or of activations of the tower's trunk.
+
+    Returns (n, d_i), fp32, on the CPU; n is 0 where there are no pictures.
+    """
+    model.eval()
+    encoder, features, pictures = model.image_encoder, [torch.empty(0, model.image_encoder.width)], iter(pictures)
+    with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
+        while batch := list(islice(pictures, IMAGE_BATCH)):
+            activations = torch.is_tensor(batch[0])
+            image = torch.stack(batch) if activations else as_batch([center_crop(picture, encoder.size) for picture in batch])
+            with autocast(device, dtype):
+                features.append(encoder(image.to(device)).float().cpu())
+            progress.update(len(batch))
+    return torch.cat(features)
+
+
+def file_features(model, paths, device, dtype, num_workers=0, skip_bad=False):
+    """(I_f, bad) of picture files: `image_features` of those that can be read, and {position: what is wrong} of the others.
+
+    Raises UserError for such a file unless skip_bad, and where none can be read.
+    """
+    bad = {}
+
+    def pictures():
+        for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
+            if problem and not skip_bad:
+                raise UserError(f"{problem}; mend or remove it, or pass --skip-bad")
+            if problem:
+                bad[position] = problem
+            else:
+                yield picture
+
+    I_f = image_features(model, pictures(), device, dtype, len(paths))
+    if not len(I_f):
+        raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
+    return I_f, bad
+
+
+@torch.no_grad()
+def text_features(model, texts, device, dtype):
+    """The text tower's features of m lists of token ids: (m, d_t), fp32, on the CPU."""
+    model.eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # captions of like length need little padding
+    features = torch.empty(len(texts), model.text_encoder.width)
+    for start in tqdm(range(0, len(order), TEXT_BATCH), desc="captions", leave=False, disable=None):
+        rows = order[start : start + TEXT_BATCH]
+        input_ids, attention_mask = pad([texts[i] for i in rows], model.tokenizer.padding["pad_id"])
+        with autocast(device, dtype):
+            features[rows] = model.text_encoder(input_ids.to(device), attention_mask.to(device)).float().cpu()
+    return features
+
+
+@torch.no_grad()
+def project(head, features, device):
+    """A tower's features, (n, d), through its head: (n, d_e) embeddings of length 1, on the CPU."""
+    head.eval()
+    return F.normalize(head(features.to(device)), dim=1).cpu()
+
+
+def token_ids(tokenizer, captions):
+    """m captions -> m lists of token ids without padding."""
+    encodings = tokenizer.encode_batch(list(captions))
+    return [[i for i, real in zip(encoding.ids, encoding.attention_mask) if real] for encoding in encodings]
