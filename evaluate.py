@@ -11,7 +11,7 @@ import clip
 from captions import load_captions
 from config import load_run, parse_flags
 from dataset import center_crop, read_image
-from device import keep_freed_memory, pick_device, pick_dtype
+from device import pick_device, pick_dtype, speed_up_cpu
 from embedding import file_features, project, text_features, token_ids
 from plots import draw_similarity
 from storage import UserError, run_command, write_json
@@ -117,7 +117,7 @@ def embed_split(run, data_dir, image_path, captions_path, split, skip_bad, num_w
     Raises UserError where there is nothing to embed.
     """
     config = load_run(run)["config"]
-    keep_freed_memory()
+    speed_up_cpu()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     own_data = not (data_dir or image_path or captions_path)

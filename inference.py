@@ -13,7 +13,7 @@ import clip
 from captions import load_captions
 from config import load_run, parse_flags
 from dataset import PICTURE_ENDINGS, VIEW, read_image
-from device import keep_freed_memory, pick_device, pick_dtype
+from device import pick_device, pick_dtype, speed_up_cpu
 from embedding import file_features, project
 from index import FROM, nearest, open_index
 from plots import draw_grid
@@ -124,7 +124,7 @@ def search(
     if not query.strip():
         raise UserError('the query is empty; say what the picture should show, as in python inference.py "a dog"')
     run = run or newest_run()
-    keep_freed_memory()
+    speed_up_cpu()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     model, _ = clip.load(run, device)

@@ -18,7 +18,7 @@ from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, 
 from config import SHAPES, fill_in, is_openai, parse_config
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
-from device import autocast, keep_freed_memory, pick_device, pick_dtype
+from device import autocast, pick_device, pick_dtype, speed_up_cpu
 from embedding import image_features, project, text_features, token_ids
 from evaluate import positions_of_images, recall_table, score
 from frozen import freeze_towers
@@ -160,7 +160,7 @@ def features(model, pairs, device, dtype):
 
 def train(config):
     """Runs a Config from captions file to run folder, and returns the model at its best epoch."""
-    keep_freed_memory()
+    speed_up_cpu()
     run_dir, device = Path(config.run_dir), pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     torch.manual_seed(config.seed)

@@ -9,7 +9,7 @@ import tyro
 
 import clip
 from captions import read_text
-from device import keep_freed_memory, pick_device, pick_dtype
+from device import pick_device, pick_dtype, speed_up_cpu
 from embedding import project, text_features, token_ids
 from storage import UserError, write_json
 
@@ -76,7 +76,7 @@ def sts(
         json_path: file for the scores
     """
     tables = {name: read_pairs(name) for name in file}
-    keep_freed_memory()
+    speed_up_cpu()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     model, _ = clip.load(run, device)

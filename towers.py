@@ -3,11 +3,13 @@
 import logging
 import urllib.error
 import urllib.request
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import timm
 import transformers
+from timm.layers import LayerNorm
 from timm.models import load_state_dict
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.mlp_mixer import MlpMixer
@@ -106,7 +108,8 @@ def sized_image_tower(kind, size, patch_size, width, layers, heads):
     shape = {"img_size": size, "patch_size": patch_size, "embed_dim": width, "num_classes": 0}
     if kind == "mixer":
         return MlpMixer(num_blocks=layers, **shape)
-    return VisionTransformer(depth=layers, num_heads=heads, pre_norm=True, act_layer="quick_gelu", **shape)
+    norm = partial(LayerNorm, eps=1e-5)  # this and the activation are what OpenAI's weights expect
+    return VisionTransformer(depth=layers, num_heads=heads, pre_norm=True, norm_layer=norm, act_layer="quick_gelu", **shape)
 
 
 def random_text_tower(model_type, width, layers, heads, vocab_size, max_length):

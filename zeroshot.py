@@ -12,7 +12,7 @@ import tyro
 import clip
 from captions import read_text
 from dataset import PICTURE_ENDINGS
-from device import keep_freed_memory, pick_device, pick_dtype
+from device import pick_device, pick_dtype, speed_up_cpu
 from embedding import file_features, project, text_features, token_ids
 from plots import draw_confusion
 from storage import UserError, write_json
@@ -127,7 +127,7 @@ def zeroshot(
         json_path: file for the scores
     """
     names, paths, labels = find_pictures(images, classes)
-    keep_freed_memory()
+    speed_up_cpu()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
     model, _ = clip.load(run, device)

@@ -1,21 +1,28 @@
 """Draws the built-in sample: captioned scenes of coloured shapes, in the layout of Kaggle's Flickr8k.
 
     python Datasets/shapes.py FOLDER
+    python Datasets/shapes.py FOLDER --classes
 
-writes `Images/`, `captions.txt` (five captions an image) and the three split lists. A scene holds two or three
-shapes with a colour, a size and a place each, on one of several backgrounds. Two things make its captions worth
+The first writes `Images/`, `captions.txt` (five captions an image) and the three split lists. A scene holds one to three
+shapes with a colour, a size and a place each, on one of several backgrounds. Three things make its captions worth
 reading as sentences and not as bags of words:
 
 - Twins: many scenes come with a second one in which two shapes have exchanged their colours or their places. The
   same words describe both; only who is what, and where, tells them apart.
 - Composition: some pairs of colour and shape (`HELD_OUT`) occur in the test split only.
+- Two of the five captions name no colours. Colours and places alone would tell nearly all scenes apart, and a model that
+  got by with them would never learn the shapes.
+
+The second writes pictures of one shape each, in a folder for every pair of colour and shape, for zero-shot classification.
 """
 
+import argparse
 import csv
+import itertools
 import os
 import random
 import shutil
-import sys
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -96,8 +103,8 @@ class Scene:
 
 
 def random_scene(rng):
-    """A scene of two shapes, or of three in three cases out of ten; no two things share colour and shape, or a cell."""
-    count = 3 if rng.random() < 0.3 else 2
+    """A scene of one, two or three shapes; no two things share colour and shape, or a cell."""
+    count = rng.choices([1, 2, 3], [0.35, 0.45, 0.2])[0]
     looks = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], count)
     cells = rng.sample(list(PLACES), count)
     things = [Thing(*look, rng.choice(list(SIZES)), cell) for look, cell in zip(looks, cells)]
@@ -124,7 +131,8 @@ def draw_scenes(count, held_out, rng, taken, twins=0.2):
     while len(scenes) < count:
         wanted = held_out and len(scenes) % 4 == 0
         scene = random_scene(rng)
-        pair = [scene] + ([twin(scene, rng)] if rng.random() < twins else [])
+        with_twin = len(scene.things) > 1 and rng.random() < twins
+        pair = [scene] + ([twin(scene, rng)] if with_twin else [])
         if None in pair or any(scene in taken for scene in pair) or len(scenes) + len(pair) > count:
             continue
         if not held_out and any(scene.held_out for scene in pair) or wanted and not scene.held_out:
@@ -137,10 +145,11 @@ def draw_scenes(count, held_out, rng, taken, twins=0.2):
 # ---- captions --------------------------------------------------------------------------------------------------
 
 
-def noun(thing, rng, size=False):
-    """'red circle', or 'small red circle', each word drawn from its synonyms."""
+def noun(thing, rng, size=False, color=True):
+    """'red circle', 'small red circle', 'circle' or 'small circle', each word drawn from its synonyms."""
     words = [rng.choice(SIZES[thing.size][0])] if size else []
-    return " ".join(words + [rng.choice(COLORS[thing.color][0]), rng.choice(SHAPES[thing.shape])])
+    words += [rng.choice(COLORS[thing.color][0])] if color else []
+    return " ".join([*words, rng.choice(SHAPES[thing.shape])])
 
 
 def with_article(words):
@@ -159,11 +168,8 @@ def relation(a, b, rng):
 
 
 def captions(scene, rng):
-    """Five differently worded captions. Each names at least two things by colour and shape, and adds something else."""
-    a, b = rng.sample(scene.things, 2)
-    order = rng.sample(scene.things, len(scene.things))
+    """Five differently worded captions. Three name at least two things, where there are two, by colour and shape."""
     ground = BACKGROUNDS[scene.background]
-    count = {2: "two", 3: "three"}[len(scene.things)]
 
     def one(thing, **options):
         return with_article(noun(thing, rng, **options))
@@ -174,11 +180,23 @@ def captions(scene, rng):
     def listed(phrases):
         return ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
+    if len(scene.things) == 1:
+        (a,) = scene.things
+        return [
+            f"{one(a, size=True)} {place(a)} .",
+            f"{one(a, color=False)} {place(a)} , on {rng.choice(ground)} .",
+            f"on {rng.choice(ground)} there is {one(a)} {place(a)} .",
+            f"one shape on {rng.choice(ground)} : {one(a, size=True, color=False)} {place(a)} .",
+            f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} .",
+        ]
+    a, b = rng.sample(scene.things, 2)
+    order = rng.sample(scene.things, len(scene.things))
+    count = {2: "two", 3: "three"}[len(scene.things)]
     return [
         f"{one(a, size=True)} is {relation(a, b, rng)} {one(b, size=True)} .",
-        f"{listed([f'{one(thing)} {place(thing)}' for thing in order])} .",
+        f"{listed([f'{one(thing, color=False)} {place(thing)}' for thing in order])} .",
         f"on {rng.choice(ground)} there is {one(b)} {relation(b, a, rng)} {one(a)} .",
-        f"{count} shapes on {rng.choice(ground)} : {listed([one(thing, size=True) for thing in order])} .",
+        f"{count} shapes on {rng.choice(ground)} : {listed([one(thing, size=True, color=False) for thing in order])} .",
         f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} ; {one(b)} is {place(b)} .",
     ]
 
@@ -242,36 +260,18 @@ def paint(scene, side, rng):
     return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
 
 
-def draw(folder, train=6000, val=300, test=300, side=96, seed=0):
-    """Writes the sample into `folder`: the same pictures, captions and split lists for the same arguments.
+def write_picture(path, scene, side, rng):
+    if not cv2.imwrite(str(path), cv2.cvtColor(paint(scene, side, rng), cv2.COLOR_RGB2BGR)):
+        raise OSError(f"{path}: could not be written")
 
-    train, val, test: numbers of images. side: height and width in pixels.
-    The folder appears whole or not at all; one that is there already is replaced.
-    """
-    folder = Path(folder)
-    rng = random.Random(seed)
-    taken = set()
-    splits = {
-        "train": draw_scenes(train, False, rng, taken),
-        "dev": draw_scenes(val, False, rng, taken),
-        "test": draw_scenes(test, True, rng, taken),
-    }
+
+@contextmanager
+def whole_folder(folder):
+    """A new folder to write into, which then takes the place of `folder`; where something fails, that stays as it was."""
     unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    (unfinished / "Images").mkdir(parents=True)
+    unfinished.mkdir(parents=True)
     try:
-        names = iter(f"{number:05d}.png" for number in range(train + val + test))
-        rows = []
-        for split, scenes in splits.items():
-            with open(unfinished / f"shapes.{split}Images.txt", "w", encoding="utf-8") as split_list:
-                for scene in scenes:
-                    name = next(names)
-                    picture = cv2.cvtColor(paint(scene, side, rng), cv2.COLOR_RGB2BGR)
-                    if not cv2.imwrite(str(unfinished / "Images" / name), picture):
-                        raise OSError(f"{unfinished / 'Images' / name}: could not be written")
-                    split_list.write(f"{name}\n")
-                    rows += [(name, caption) for caption in captions(scene, rng)]
-        with open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as captions_file:
-            csv.writer(captions_file).writerows([("image", "caption"), *rows])
+        yield unfinished
         if folder.exists():
             shutil.rmtree(folder)
         os.replace(unfinished, folder)
@@ -279,7 +279,52 @@ def draw(folder, train=6000, val=300, test=300, side=96, seed=0):
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def draw(folder, train=6000, val=300, test=300, side=96, seed=0):
+    """Writes the sample into `folder`: the same pictures, captions and split lists for the same arguments.
+
+    train, val, test: numbers of images. side: height and width in pixels.
+    The folder appears whole or not at all; one that is there already is replaced.
+    """
+    rng = random.Random(seed)
+    taken = set()
+    splits = {
+        "train": draw_scenes(train, False, rng, taken),
+        "dev": draw_scenes(val, False, rng, taken),
+        "test": draw_scenes(test, True, rng, taken),
+    }
+    names = iter(f"{number:05d}.png" for number in range(train + val + test))
+    rows = []
+    with whole_folder(Path(folder)) as unfinished:
+        (unfinished / "Images").mkdir()
+        for split, scenes in splits.items():
+            with open(unfinished / f"shapes.{split}Images.txt", "w", encoding="utf-8") as split_list:
+                for scene in scenes:
+                    name = next(names)
+                    write_picture(unfinished / "Images" / name, scene, side, rng)
+                    split_list.write(f"{name}\n")
+                    rows += [(name, caption) for caption in captions(scene, rng)]
+        with open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as captions_file:
+            csv.writer(captions_file).writerows([("image", "caption"), *rows])
+
+
+def draw_classes(folder, pictures=10, side=96, seed=0):
+    """Writes a folder of `pictures` pictures of one shape for each pair of colour and shape, named after it ("red circle").
+
+    side: height and width in pixels. The folder appears whole or not at all; one that is there already is replaced.
+    """
+    rng = random.Random(seed)
+    with whole_folder(Path(folder)) as unfinished:
+        for color, shape in itertools.product(COLORS, SHAPES):
+            (unfinished / f"{color} {shape}").mkdir()
+            for number in range(pictures):
+                thing = Thing(color, shape, rng.choice(list(SIZES)), rng.choice(list(PLACES)))
+                scene = Scene((thing,), rng.choice(list(BACKGROUNDS)))
+                write_picture(unfinished / f"{color} {shape}" / f"{number:03d}.png", scene, side, rng)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python Datasets/shapes.py FOLDER")
-    draw(sys.argv[1])
+    parser = argparse.ArgumentParser(description="Draws captioned scenes of coloured shapes.")
+    parser.add_argument("folder", help="is made, or replaced")
+    parser.add_argument("--classes", action="store_true", help="one shape a picture, in folders named after colour and shape")
+    arguments = parser.parse_args()
+    (draw_classes if arguments.classes else draw)(arguments.folder)

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import main
+from config import parse_config
 from Datasets import shapes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,18 @@ def sample(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "sample"
     shapes.draw(folder, train=96, val=24, test=24, seed=1)
     return folder
+
+
+@pytest.fixture(scope="session")
+def run(sample, tmp_path_factory):
+    """The folder of a run on the small sample."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = [
+        "shapes", "--data-dir", str(sample), "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache"),
+        "--batch-size", "32", "--epochs", "3", "--device", "cpu",
+    ]  # fmt: skip
+    main.train(parse_config(flags, "shapes")[0])
+    return folder / "run"
 
 
 @pytest.fixture

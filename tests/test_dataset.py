@@ -3,6 +3,7 @@
 import csv
 import errno
 import pickle
+import random
 import shutil
 
 import cv2
@@ -228,11 +229,29 @@ def test_held_out_looks_occur_in_the_test_split_only(sample):
     assert found["train"] == found["dev"] == 0 < found["test"]
 
 
+def test_two_captions_of_five_name_no_colours(sample):
+    words = {word for names, _ in shapes.COLORS.values() for word in names}
+    with open(sample / "captions.txt", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    for image in {row["image"] for row in rows}:
+        captions = [row["caption"] for row in rows if row["image"] == image]
+        assert [bool(words & set(caption.replace(",", "").split())) for caption in captions] == [True, False, True, False, True]
+
+
+def test_class_folders_show_one_shape_of_their_colour(tmp_path):
+    shapes.draw_classes(tmp_path / "classes", pictures=2)
+    folders = sorted(path.name for path in (tmp_path / "classes").iterdir())
+    assert folders == sorted(f"{color} {shape}" for color in shapes.COLORS for shape in shapes.SHAPES)
+    for folder in folders:
+        assert len(list((tmp_path / "classes" / folder).iterdir())) == 2
+        color = np.array(shapes.COLORS[folder.split()[0]][1])
+        picture = read_image(tmp_path / "classes" / folder / "000.png", 96)
+        assert (np.abs(picture.astype(int) - color).max(axis=2) < 20).sum() > 100  # pixels
+
+
 def test_captions_tell_the_truth_about_places():
     thing = shapes.Thing
     scene = shapes.Scene((thing("red", "circle", "small", (0, 0)), thing("blue", "star", "large", (0, 2))), "grey")
-    import random
-
     for seed in range(50):
         relation, _, ground, *_ = shapes.captions(scene, random.Random(seed))
         red_first = relation.index("circle" if "circle" in relation else "disc") < relation.index("star")

@@ -10,22 +10,8 @@ from PIL import Image
 
 import clip
 import inference
-import main
-from config import parse_config
 from device import pick_device, pick_dtype
 from storage import UserError
-
-
-@pytest.fixture(scope="module")
-def run(sample, tmp_path_factory):
-    """A run on the small sample."""
-    folder = tmp_path_factory.mktemp("run")
-    flags = [
-        "shapes", "--data-dir", str(sample), "--run-dir", str(folder / "run"), "--cache-dir", str(folder / "cache"),
-        "--batch-size", "32", "--epochs", "3", "--device", "cpu",
-    ]  # fmt: skip
-    main.train(parse_config(flags, "shapes")[0])
-    return folder / "run"
 
 
 def test_retrieval_scores_what_training_scored(run, tmp_path):
@@ -36,6 +22,18 @@ def test_retrieval_scores_what_training_scored(run, tmp_path):
     assert (scores["images"], scores["captions"]) == (24, 120)
     assert scores["rsum"] == pytest.approx(best)
     assert set(scores["text_to_image"]) == {"R@1", "R@5", "R@10", "median_rank"} == set(scores["image_to_text"])
+
+
+def test_match_writes_scores_and_a_picture(run, tmp_path):
+    flags = ["match", "--run", run, "--output", tmp_path / "match.png", "--json", tmp_path / "scores.json"]
+    process = run_script("evaluate.py", *flags, "--choices", "3")
+    assert process.returncode == 0, process.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert (scores["images"], scores["choices"], scores["chance"]) == (24, 3, pytest.approx(100 / 3))
+    assert 0 <= scores["interval"][0] <= scores["accuracy"] <= scores["interval"][1] <= 100
+    assert Image.open(tmp_path / "match.png").width > 500
+    process = run_script("evaluate.py", *flags, "--choices", "25")
+    assert process.returncode == 2 and "--choices 25: there are only 24 images" in process.stderr
 
 
 def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_path):

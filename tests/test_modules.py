@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 import transformers
 
 from config import Config
@@ -39,6 +40,22 @@ def test_any_timm_tower_gives_features_of_its_width_at_another_size(name):
     assert encoder(torch.zeros(2, 3, 96, 96)).shape == (2, encoder.width)
 
 
+@pytest.mark.parametrize("kind", ["vit", "mixer", "modified_resnet"])
+def test_sized_towers_have_the_size_asked_for(kind):
+    encoder = ImageEncoder(kind, size=32, sizes=(8, 32, 2, 2)).eval()
+    assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, encoder.width)
+    assert encoder.width == (32 * 32 if kind == "modified_resnet" else 32)
+    assert encoder.attention_pool == (kind == "modified_resnet")
+    blocks = [name for name, _ in encoder.named_modules() if name.count(".") == (3 if kind == "modified_resnet" else 2)]
+    expected = {"vit": "tower.blocks.1", "mixer": "tower.blocks.1", "modified_resnet": "tower.stages.3.1"}[kind]
+    assert expected in blocks and expected[:-1] + "2" not in blocks
+    if kind != "modified_resnet":
+        with pytest.raises(UserError, match="--patch-size 7: does not divide --size 32"):
+            ImageEncoder(kind, size=32, sizes=(7, 32, 2, 2))
+    with pytest.raises(UserError, match="--image-weights random"):
+        ImageEncoder(kind, "pretrained", 32, (8, 32, 2, 2))
+
+
 def test_a_local_weight_file_gives_timms_features(tmp_path):
     torch.manual_seed(0)
     source = timm.create_model("test_resnet").eval()
@@ -65,12 +82,14 @@ def test_unfit_weight_files_and_unknown_names_are_named(tmp_path):
             ImageEncoder(name, str(weights))
 
 
-@pytest.mark.parametrize(("model_type", "pooling"), [("distilbert", "mean"), ("bert", "mean"), ("gpt2", "last")])
+@pytest.mark.parametrize(
+    ("model_type", "pooling"), [("distilbert", "mean"), ("bert", "mean"), ("mixer", "mean"), ("gpt2", "last"), ("clip", "last")]
+)
 def test_auto_pooling_fits_the_tower(model_type, pooling):
     assert text_encoder(model_type).pooling == pooling
 
 
-@pytest.mark.parametrize("model_type", ["distilbert", "gpt2"])
+@pytest.mark.parametrize("model_type", ["distilbert", "gpt2", "clip", "mixer"])
 @pytest.mark.parametrize("pooling", ["first", "mean", "last"])
 def test_padding_does_not_leak_into_features(model_type, pooling):
     encoder = text_encoder(model_type, pooling)
@@ -84,6 +103,30 @@ def test_pooling_by_hand():
     for pooling, expected in {"first": hidden[0], "last": hidden[2], "mean": hidden.mean(0)}.items():
         features = text_encoder("distilbert", pooling)(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]]))
         torch.testing.assert_close(features[0], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_mixer_is_the_mixer_of_the_whole_context_by_hand():
+    encoder = text_encoder("mixer")
+    tower, layer = encoder.tower, encoder.tower.layers[0]
+    torch.nn.init.normal_(layer.token_in.bias)
+    torch.nn.init.normal_(layer.token_out.bias)
+    input_ids = torch.tensor([[5, 6, 7]])
+    x = torch.randn(16, 32)  # what stands behind the third token must not matter
+    x[:3] = tower.token_embedding(input_ids)[0]
+    real = torch.zeros(16, 1)
+    real[:3] = 1
+    for layer in tower.layers:
+        y = layer.token_norm(x) * real
+        x = x + layer.token_out(F.gelu(layer.token_in(y.T))).T
+        x = x + layer.channel_out(F.gelu(layer.channel_in(layer.channel_norm(x))))
+    torch.testing.assert_close(encoder(input_ids, torch.ones_like(input_ids))[0], tower.norm(x)[:3].mean(0))
+
+
+def test_a_text_mixer_knows_where_a_token_stands():
+    encoder = text_encoder("mixer")
+    mask = torch.ones(1, 3, dtype=torch.int64)
+    one, other = (encoder(torch.tensor([ids]), mask) for ids in ([5, 6, 7], [7, 6, 5]))
+    assert (one - other).abs().max() > 1e-3
 
 
 def test_a_causal_tower_pooled_at_its_first_token_sees_one_word():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from evaluate import recall
+from evaluate import match_choices, recall
 
 
 def test_uneven_numbers_of_captions():
@@ -61,3 +61,29 @@ def test_nan_and_images_without_captions_are_refused():
         recall(np.array([[np.nan, 1.0], [0.0, 1.0]]), [0, 1])
     with pytest.raises(ValueError, match="without a caption"):
         recall(np.eye(2), [0, 0])
+
+
+def test_choices_that_are_all_right_all_wrong_or_all_alike():
+    image_of_text = np.repeat(np.arange(20), 2)
+    right = image_of_text[:, None] == np.arange(20)
+    scores = match_choices(right.astype(float), image_of_text, choices=4, seed=0)
+    assert scores == {"images": 20, "choices": 4, "accuracy": 100, "chance": 25, "interval": scores["interval"]}
+    # Wilson's interval of 20 out of 20 at z = 1.96: from n / (n + z^2) to 1.
+    assert scores["interval"] == pytest.approx([100 * 20 / (20 + 1.96**2), 100], abs=0.01)
+    assert match_choices(-right.astype(float), image_of_text, 4, 0)["accuracy"] == 0
+    assert match_choices(np.zeros((40, 20)), image_of_text, 4, 0)["accuracy"] == 0
+
+
+def test_choices_by_chance():
+    image_of_text = np.repeat(np.arange(2000), 2)
+    similarity = np.random.default_rng(0).normal(size=(4000, 2000))
+    scores = match_choices(similarity, image_of_text, choices=5, seed=0)
+    assert scores["chance"] == 20 and scores["interval"][0] < 20 < scores["interval"][1]
+    assert scores == match_choices(similarity, image_of_text, 5, 0) != match_choices(similarity, image_of_text, 5, 1)
+
+
+def test_all_captions_of_an_image_are_its_own():
+    # Image 0 goes with texts 0 and 1; with two images the other caption is text 2 or 3, of image 1.
+    similarity = np.array([[0.9, 0.0], [0.8, 0.0], [0.85, 0.5], [0.1, 0.6]])
+    accuracies = {match_choices(similarity, np.array([0, 0, 1, 1]), 2, seed)["accuracy"] for seed in range(40)}
+    assert accuracies == {50, 100}  # image 0 fails where text 1 meets text 2
