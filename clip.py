@@ -181,7 +181,7 @@ def load(name, device="auto", jit=False):
     if name in OPENAI:
         model = create_model(fill_in(replace(PRESETS["openai"], image_encoder=name)), [])
     elif not Path(name).is_dir():
-        raise UserError(f"clip.load: {name} is neither a run folder nor known; there are {', '.join(available_models())}")
+        raise UserError(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
     else:
         run = load_run(name)
         image_encoder = create_image_encoder(run["config"], "random", run["towers"]["image"]["size"])

@@ -9,7 +9,7 @@ import tyro
 
 import clip
 from captions import load_captions
-from config import load_run, parse_flags
+from config import OPENAI, PRESETS, load_run, parse_flags
 from dataset import center_crop, read_image
 from device import pick_device, pick_dtype, speed_up_cpu
 from embedding import file_features, project, text_features, token_ids
@@ -116,11 +116,13 @@ def embed_split(run, data_dir, image_path, captions_path, split, skip_bad, num_w
     of each caption's image, the m captions, and the paths of the n images.
     Raises UserError where there is nothing to embed.
     """
-    config = load_run(run)["config"]
+    own_data = not (data_dir or image_path or captions_path)
+    if own_data and run in OPENAI:
+        raise UserError(f"--run {run}: has no data of its own; name some with --data-dir")
+    config = PRESETS["openai"] if run in OPENAI else load_run(run)["config"]
     speed_up_cpu()
     device = pick_device(device)
     dtype = pick_dtype(precision, device)
-    own_data = not (data_dir or image_path or captions_path)
     sources = (config.data_dir, config.image_path, config.captions_path) if own_data else (data_dir, image_path, captions_path)
     table, image_dir, skipped = load_captions(*sources, skip_bad=skip_bad, seed=config.seed)
     chosen = table if split == "all" else table[table["split"] == split]
@@ -154,7 +156,7 @@ def retrieval(
     """Scores a run by retrieval in both directions: recall at 1, 5 and 10 in percent, the median rank, and rsum.
 
     Args:
-        run: run folder
+        run: run folder, or one of OpenAI's names
         data_dir: folder with Images/ and a captions file; empty: the run's own data
         image_path: folder of the images, where it is not in data_dir
         captions_path: captions file, where it is not in data_dir
@@ -194,7 +196,7 @@ def match(
     """Gives each image its caption among several, and draws some images against a caption of each.
 
     Args:
-        run: run folder
+        run: run folder, or one of OpenAI's names
         data_dir: folder with Images/ and a captions file; empty: the run's own data
         image_path: folder of the images, where it is not in data_dir
         captions_path: captions file, where it is not in data_dir

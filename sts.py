@@ -69,12 +69,14 @@ def sts(
     """Compares cosines of sentences with people's scores: Spearman and Pearson correlation a file, and their average.
 
     Args:
-        run: run folder
+        run: run folder, or one of OpenAI's names
         file: STS files: STS-B's, or tables of score, sentence, sentence
         device: auto, cpu, cuda, cuda:1, mps
         precision: of matrix products; auto: bf16 where native, else fp32
         json_path: file for the scores
     """
+    if not file:
+        raise UserError("--file: names no file")
     tables = {name: read_pairs(name) for name in file}
     speed_up_cpu()
     device = pick_device(device)

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from storage import UserError
 
 HUB_TIMEOUT = 5  # seconds that a model hub has for its first answer
+RESNET_STRIDE = 32  # pixels of the input to a place of the paper's ResNet's last feature map
 SIZED = ("vit", "mixer", "modified_resnet")  # kinds of image towers of any size
 
 transformers.logging.set_verbosity_error()  # its notes on unused weights and missing heads help nobody here
@@ -96,9 +97,11 @@ def sized_image_tower(kind, size, patch_size, width, layers, heads):
     kind: "vit", "mixer" or "modified_resnet", the paper's ResNet (three-convolution stem, average pooling before strides,
     attention pooling). size, patch_size: in pixels. width, layers: features and layers; for the ResNet the channels behind
     the stem and the blocks in each of its four stages. heads: attention heads a layer, for "vit".
-    Raises UserError where the patches do not fill the picture.
+    Raises UserError where patches or strides do not fill the picture.
     """
     if kind == "modified_resnet":
+        if size % RESNET_STRIDE:
+            raise UserError(f"--size {size}: --image-encoder modified_resnet takes multiples of {RESNET_STRIDE} pixels")
         blocks = [ByoBlockCfg(type="bottle", d=layers, c=4 * width * 2**i, s=min(i + 1, 2), br=0.25) for i in range(4)]
         stem = {"stem_chs": (width // 2, width // 2, width), "stem_type": "", "stem_pool": "avg2"}
         config = ByoModelCfg(blocks=tuple(blocks), downsample="avg", aa_layer="avg", head_type="attn_abs", **stem)

@@ -91,7 +91,7 @@ def classifier(model, names, templates, device, dtype):
     costs no more than one when classifying (section 3.1.4 of the paper).
     Raises UserError for a template without {}.
     """
-    for template in templates:
+    for template in templates or [""]:
         if template.count("{}") != 1:
             raise UserError(f"--template {template!r}: must hold {{}} once, where the class name goes")
     prompts = [template.replace("{}", name) for name in names for template in templates]
@@ -115,7 +115,7 @@ def zeroshot(
     """Classifies pictures by the names of their classes alone: top-1 and top-5 accuracy, and a confusion matrix.
 
     Args:
-        run: run folder
+        run: run folder, or one of OpenAI's names
         images: folder with a folder of pictures for each class
         classes: file of all class names, a line each; "n01440764 tench" or "folder<TAB>name" names a folder
         template: prompts with {} for the class name; several are averaged

@@ -52,6 +52,9 @@ def test_sized_towers_have_the_size_asked_for(kind):
     if kind != "modified_resnet":
         with pytest.raises(UserError, match="--patch-size 7: does not divide --size 32"):
             ImageEncoder(kind, size=32, sizes=(7, 32, 2, 2))
+    else:
+        with pytest.raises(UserError, match="--size 80: .* multiples of 32"):
+            ImageEncoder(kind, size=80, sizes=(8, 32, 2, 2))
     with pytest.raises(UserError, match="--image-weights random"):
         ImageEncoder(kind, "pretrained", 32, (8, 32, 2, 2))
 

@@ -202,7 +202,7 @@ def test_available_models_are_run_folders_and_openais(run, monkeypatch, tmp_path
     (tmp_path / "runs" / "unfinished").mkdir()
     monkeypatch.chdir(tmp_path)
     assert clip.available_models() == ["runs/mine", *OPENAI]
-    with pytest.raises(UserError, match=r"ViT-B/33 .*runs/mine, RN50, .*ViT-L/14@336px"):
+    with pytest.raises(UserError, match=r"ViT-B/33: .*runs/mine, RN50, .*ViT-L/14@336px"):
         clip.load("ViT-B/33")
 
 
