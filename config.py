@@ -115,17 +115,25 @@ SHAPES = Config(
 PAPER = replace(
     SHAPES,
     run_dir="runs/paper",
-    image_encoder="vit",
+    image_encoder="modified_resnet",
     size=96,
-    patch_size=16,
-    image_width=192,
-    image_layers=4,
-    image_heads=3,
+    image_width=16,
+    image_layers=1,
     text_encoder="clip",
-    text_width=128,
     text_layers=4,
     text_heads=2,
     max_length=CONTEXT_LENGTH,
+    image_encoder_lr=3e-3,
+    epochs=24,
+)
+MIXER = replace(
+    PAPER,
+    run_dir="runs/mixer",
+    image_encoder="mixer",
+    patch_size=16,
+    image_width=192,
+    image_layers=4,
+    text_encoder="mixer",
     image_encoder_lr=7e-4,
     epochs=40,
 )
@@ -145,13 +153,13 @@ PRESETS = {
     "shapes": SHAPES,
     "gpt2": replace(SHAPES, run_dir="runs/gpt2", text_encoder="gpt2"),
     "paper": PAPER,
-    "mixer": replace(PAPER, run_dir="runs/mixer", image_encoder="mixer", text_encoder="mixer"),
+    "mixer": MIXER,
 }
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
 Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained) and openai (fine-tunes one of OpenAI's models).
 Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
-to right), paper (Vision Transformer and causal Transformer) and mixer (MLP-Mixers for both).
+to right), paper (its ResNet and its causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""
 
 

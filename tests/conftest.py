@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import evaluate
 import main
 from config import parse_config
 from Datasets import shapes
@@ -21,6 +22,17 @@ def run_script(*arguments, cwd=ROOT):
     """Runs a command of the project and returns the finished process."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+@pytest.fixture
+def evaluate_here(monkeypatch):
+    """Runs `python evaluate.py ARGUMENTS` in this process, which has its imports behind it."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
+        evaluate.main()
+
+    return run
 
 
 @pytest.fixture(scope="session")

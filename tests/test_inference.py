@@ -24,16 +24,15 @@ def test_retrieval_scores_what_training_scored(run, tmp_path):
     assert set(scores["text_to_image"]) == {"R@1", "R@5", "R@10", "median_rank"} == set(scores["image_to_text"])
 
 
-def test_match_writes_scores_and_a_picture(run, tmp_path):
+def test_match_writes_scores_and_a_picture(run, tmp_path, evaluate_here):
     flags = ["match", "--run", run, "--output", tmp_path / "match.png", "--json", tmp_path / "scores.json"]
-    process = run_script("evaluate.py", *flags, "--choices", "3")
-    assert process.returncode == 0, process.stderr
+    evaluate_here(*flags, "--choices", "3")
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert (scores["images"], scores["choices"], scores["chance"]) == (24, 3, pytest.approx(100 / 3))
     assert 0 <= scores["interval"][0] <= scores["accuracy"] <= scores["interval"][1] <= 100
     assert Image.open(tmp_path / "match.png").width > 500
-    process = run_script("evaluate.py", *flags, "--choices", "25")
-    assert process.returncode == 2 and "--choices 25: there are only 24 images" in process.stderr
+    with pytest.raises(UserError, match="--choices 25: there are only 24 images"):
+        evaluate_here(*flags, "--choices", "25")
 
 
 def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_path):
@@ -99,8 +98,8 @@ def test_gallery_is_embedded_once_notices_changes_and_skips_broken_files(run, sa
         expected = torch.nn.functional.normalize(model.encode_image(pixels), dim=1)
     torch.testing.assert_close(embeddings, expected, atol=1e-4, rtol=1e-4)
     computed = []
-    original = inference.image_features
-    monkeypatch.setattr(inference, "image_features", lambda *a: computed.append(1) or original(*a))
+    original = inference.file_features
+    monkeypatch.setattr(inference, "file_features", lambda *a, **k: computed.append(1) or original(*a, **k))
     assert torch.equal(embed()[1], embeddings) and not computed
     (folder / "broken.jpg").unlink()
     assert len(embed()[0]) == 6 and computed

@@ -1,5 +1,6 @@
 """Semantic textual similarity: file layouts and correlations."""
 
+import itertools
 import json
 
 import numpy as np
@@ -7,7 +8,6 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import run_script
 
 import clip
 from storage import UserError
@@ -65,15 +65,13 @@ def test_correlations_by_hand():
         correlations([1.0, 1.0], [0.1, 0.2])
 
 
-def test_the_command_correlates_cosines_with_scores(run, tmp_path):
+def test_the_command_correlates_cosines_with_scores(run, tmp_path, evaluate_here):
     sentences = ["a red circle", "a blue star on sand", "a small green ring", "two shapes", "a large box at the top"]
-    rows = [(number / 2, sentences[number], sentences[-number]) for number in range(5)]
+    rows = [(number / 2, *pair) for number, pair in enumerate(itertools.combinations(sentences, 2))]
     for name, chosen in (("a.tsv", rows), ("b.tsv", rows[1:])):
         (tmp_path / name).write_text("\n".join("\t".join(map(str, row)) for row in chosen))
     files = [tmp_path / "a.tsv", tmp_path / "b.tsv"]
-    process = run_script("evaluate.py", "sts", "--run", run, "--file", *files, "--precision", "fp32", "--device", "cpu",
-                         "--json", tmp_path / "scores.json")  # fmt: skip
-    assert process.returncode == 0, process.stderr
+    evaluate_here("sts", "--run", run, "--file", *files, "--precision", "fp32", "--json", tmp_path / "scores.json")
     scores = json.loads((tmp_path / "scores.json").read_text())
     model, _ = clip.load(str(run), device="cpu")
     expected = []

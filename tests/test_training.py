@@ -274,7 +274,7 @@ def test_data_without_training_images_is_refused(small_flags, sample, tmp_path):
 def test_unusable_run_folders_are_named(small_flags, tmp_path):
     train(small_flags(epochs=1))
     run = tmp_path / "run"
-    with pytest.raises(UserError, match="no run is there"):
+    with pytest.raises(UserError, match="nowhere: neither a run folder nor the name of a model"):
         clip.load(tmp_path / "nowhere")
     whole = (run / "model.safetensors").read_bytes()
     (run / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -290,7 +290,7 @@ def test_unusable_run_folders_are_named(small_flags, tmp_path):
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: damaged"):
         clip.load(run)
-    with pytest.raises(UserError, match="no run is there"):
+    with pytest.raises(UserError, match="nowhere: neither a run folder nor the name of a model"):
         parse_config(["shapes", "--run-dir", str(tmp_path / "nowhere"), "--resume"], "shapes")
 
 
@@ -301,7 +301,7 @@ def test_the_command_exits_with_status_2_and_one_line(tmp_path):
     with pytest.raises(SystemExit) as stop:
         parse_config(["shapes", "--no-such-flag"], "shapes")
     assert stop.value.code == 2
-    with pytest.raises(UserError, match="no-such-preset.*flickr8k, shapes"):
+    with pytest.raises(UserError, match="no-such-preset.*flickr8k, openai, shapes"):
         parse_config(["no-such-preset"], "shapes")
 
 
