@@ -290,7 +290,7 @@ def test_unusable_run_folders_are_named(small_flags, tmp_path):
     (run / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json: damaged"):
         clip.load(run)
-    with pytest.raises(UserError, match="nowhere: neither a run folder nor the name of a model"):
+    with pytest.raises(UserError, match="no run is there"):
         parse_config(["shapes", "--run-dir", str(tmp_path / "nowhere"), "--resume"], "shapes")
 
 
