@@ -52,7 +52,7 @@ class Config:
     text_feature_dropout: float = 0.2  # on the text tower's features, before the head
 
     # Training
-    heads_first: bool = True  # train the heads on still towers before a tower is trained, in RUN_DIR/heads
+    heads_first: bool = True  # train new heads on pretrained, still towers before a tower is trained, in RUN_DIR/heads
     epochs: int = 0  # passes over the training images; 0: 60 where both towers are frozen, else 8
     batch_size: int = 0  # images a step, and so candidates for each caption; 0: 1000 where both are frozen, else 128
     micro_batch_size: int = 0  # images that pass the towers at once; fewer take less memory, gradients stay; 0: all
@@ -143,7 +143,6 @@ PRESETS = {
         run_dir="runs/openai",
         image_encoder="ViT-B/32",
         text_encoder="clip",
-        heads_first=False,
         image_feature_dropout=0.0,
         text_feature_dropout=0.0,
         image_encoder_lr=1e-5,
@@ -159,7 +158,7 @@ DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--fl
 
 Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained) and openai (fine-tunes one of OpenAI's models).
 Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
-to right), paper (its ResNet and its causal Transformer) and mixer (MLP-Mixers for both).
+to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""
 
 
@@ -192,9 +191,8 @@ def parse_config(arguments, default_preset):
 
 
 def fill_in(config):
-    """The Config with the epochs, images a step and head rate that fit what is trained, where they are left open.
+    """The Config with what is left open: epochs, images a step and head rate that fit what is trained, OpenAI's own widths.
 
-    One of OpenAI's models has its own widths.
     Over cached features an epoch takes a fraction of a second and a step of 1000 pairs little memory, and heads alone
     bear a larger rate.
     """

@@ -7,11 +7,23 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import clip
 from dataset import as_batch, center_crop, pad, read_images
-from device import autocast
+from device import autocast, pick_device, pick_dtype, speed_up_cpu
 from storage import UserError
 
 IMAGE_BATCH, TEXT_BATCH = 64, 256  # what embedding takes at a time; memory and speed change, results do not
+
+
+def open_model(run, device, precision):
+    """(model, device, dtype) to embed with. run, device, precision: as on the command line.
+
+    Raises UserError where there is no such run or device.
+    """
+    speed_up_cpu()
+    device = pick_device(device)
+    model, _ = clip.load(run, device)
+    return model, device, pick_dtype(precision, device)
 
 
 @torch.no_grad()

@@ -7,12 +7,10 @@ import numpy as np
 import scipy.stats
 import tyro
 
-import clip
 from captions import load_captions
 from config import OPENAI, PRESETS, load_run, parse_flags
 from dataset import center_crop, read_image
-from device import pick_device, pick_dtype, speed_up_cpu
-from embedding import file_features, project, text_features, token_ids
+from embedding import file_features, open_model, project, text_features, token_ids
 from plots import draw_similarity
 from storage import UserError, run_command, write_json
 from sts import sts
@@ -120,16 +118,13 @@ def embed_split(run, data_dir, image_path, captions_path, split, skip_bad, num_w
     if own_data and run in OPENAI:
         raise UserError(f"--run {run}: has no data of its own; name some with --data-dir")
     config = PRESETS["openai"] if run in OPENAI else load_run(run)["config"]
-    speed_up_cpu()
-    device = pick_device(device)
-    dtype = pick_dtype(precision, device)
     sources = (config.data_dir, config.image_path, config.captions_path) if own_data else (data_dir, image_path, captions_path)
     table, image_dir, skipped = load_captions(*sources, skip_bad=skip_bad, seed=config.seed)
     chosen = table if split == "all" else table[table["split"] == split]
     if chosen.empty:
         counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
         raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all takes every image")
-    model, _ = clip.load(run, device)
+    model, device, dtype = open_model(run, device, precision)
     names, _ = positions_of_images(chosen)
     I_f, bad = file_features(model, [image_dir / name for name in names], device, dtype, num_workers, skip_bad)
     chosen = chosen[~chosen["image"].isin([names[position] for position in bad])]

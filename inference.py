@@ -9,12 +9,10 @@ import numpy as np
 import torch
 import tyro
 
-import clip
 from captions import load_captions
 from config import load_run, parse_flags
 from dataset import PICTURE_ENDINGS, VIEW, read_image
-from device import pick_device, pick_dtype, speed_up_cpu
-from embedding import file_features, project
+from embedding import file_features, open_model, project
 from index import FROM, nearest, open_index
 from plots import draw_grid
 from storage import UserError, cached_tensor, file_facts, key_of, key_of_weights, run_command, write_json
@@ -124,10 +122,7 @@ def search(
     if not query.strip():
         raise UserError('the query is empty; say what the picture should show, as in python inference.py "a dog"')
     run = run or newest_run()
-    speed_up_cpu()
-    device = pick_device(device)
-    dtype = pick_dtype(precision, device)
-    model, _ = clip.load(run, device)
+    model, device, dtype = open_model(run, device, precision)
     paths, image_embeddings, key = embed_gallery(model, gallery(run, images), cache_dir, device, dtype, num_workers)
     if len(paths) > FROM and not exact:
         image_embeddings = open_index(Path(cache_dir) / f"gallery-{key}.faiss", image_embeddings)

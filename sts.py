@@ -7,10 +7,8 @@ from typing import Annotated, Literal
 import scipy.stats
 import tyro
 
-import clip
 from captions import read_text
-from device import pick_device, pick_dtype, speed_up_cpu
-from embedding import project, text_features, token_ids
+from embedding import open_model, project, text_features, token_ids
 from storage import UserError, write_json
 
 SCORE, FIRST, SECOND = ("score", "label"), ("sentence1", "sentence_a"), ("sentence2", "sentence_b")  # names of columns
@@ -78,10 +76,7 @@ def sts(
     if not file:
         raise UserError("--file: names no file")
     tables = {name: read_pairs(name) for name in file}
-    speed_up_cpu()
-    device = pick_device(device)
-    dtype = pick_dtype(precision, device)
-    model, _ = clip.load(run, device)
+    model, device, dtype = open_model(run, device, precision)
     scores = {}
     for name, pairs in tables.items():
         people, first, second = zip(*pairs)

@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-import clip
 from captions import read_text
 from dataset import PICTURE_ENDINGS
-from device import pick_device, pick_dtype, speed_up_cpu
-from embedding import file_features, project, text_features, token_ids
+from embedding import file_features, open_model, project, text_features, token_ids
 from plots import draw_confusion
 from storage import UserError, write_json
 
@@ -127,10 +125,7 @@ def zeroshot(
         json_path: file for the scores
     """
     names, paths, labels = find_pictures(images, classes)
-    speed_up_cpu()
-    device = pick_device(device)
-    dtype = pick_dtype(precision, device)
-    model, _ = clip.load(run, device)
+    model, device, dtype = open_model(run, device, precision)
     weights = classifier(model, names, template, device, dtype)  # (c, d_e)
     I_f, bad = file_features(model, paths, device, dtype, num_workers, skip_bad)
     labels = labels[[position for position in range(len(paths)) if position not in bad]]

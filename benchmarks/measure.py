@@ -3,7 +3,6 @@
 A machine is never equally fast for long, so sides that are compared run alternately and the median of their times counts.
 """
 
-import json
 import platform
 import statistics
 import subprocess
@@ -16,7 +15,7 @@ sys.path.insert(0, str(ROOT))  # the project's files, wherever this is started
 
 import torch
 
-from storage import UserError, write_whole
+from storage import UserError, write_json
 
 
 def alternate(sides, rounds):
@@ -56,7 +55,7 @@ def report(title, columns, rows, json_path):
         print("| " + " | ".join(f"{cell:{width}}" for cell, width in zip(map(str, row), widths)) + " |")
     if json_path:
         results = {"title": title, "machine": machine, "rows": [dict(zip(columns, row)) for row in rows]}
-        write_whole(json_path, lambda path: Path(path).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8"))
+        write_json(json_path, results)
 
 
 def timed_lines(arguments):
