@@ -1,5 +1,6 @@
 """OpenAI's weights in our towers and heads."""
 
+import logging
 import re
 import warnings
 
@@ -53,6 +54,7 @@ def hub_state(name):
 
     go_offline_without_hub()
     theirs = re.sub("/|@", "-", name).removesuffix("px")
+    logging.disable(logging.ERROR)  # what it logs of a failed download, our one line says
     try:
         return open_clip.create_model(theirs, pretrained="openai", force_quick_gelu=True).state_dict()
     except (OSError, RuntimeError):
@@ -60,6 +62,8 @@ def hub_state(name):
             f"{name}: OpenAI's weights are neither on this machine nor to be fetched from a model hub; "
             "name a file of them with --image-weights, or pass --image-weights random --text-weights random"
         ) from None
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def file_state(path):

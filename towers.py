@@ -23,7 +23,7 @@ SIZED = ("vit", "mixer", "modified_resnet")  # kinds of image towers of any size
 
 transformers.logging.set_verbosity_error()  # its notes on unused weights and missing heads help nobody here
 transformers.logging.disable_progress_bar()
-logging.getLogger("timm").setLevel(logging.ERROR)
+logging.getLogger("timm").setLevel(logging.CRITICAL)  # its errors come as exceptions too
 
 
 def go_offline_without_hub():

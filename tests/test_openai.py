@@ -126,7 +126,7 @@ def test_the_table_of_openais_sizes_is_open_clips(name):
     assert (config.text_width, config.text_layers, config.text_heads) == (text["width"], text["layers"], text["heads"])
 
 
-def test_weights_of_another_size_and_no_hub_are_named(tmp_path):
+def test_weights_of_another_size_and_no_hub_are_named(tmp_path, caplog):
     small_pair("vit", tmp_path / "small.pt")
     for weights, expected in [
         (str(tmp_path / "small.pt"), "small.pt: does not fit OpenAI's ViT-B/32"),
@@ -135,6 +135,7 @@ def test_weights_of_another_size_and_no_hub_are_named(tmp_path):
     ]:
         with pytest.raises(UserError, match=expected):
             clip.create_model(fill_in(replace(PRESETS["openai"], image_weights=weights)), [])
+    assert not caplog.records  # open_clip's own lines on the download
     with pytest.raises(UserError, match="--text-encoder clip"):
         check(fill_in(Config(text_encoder="clip")))
     with pytest.raises(UserError, match="both random, or neither"):
