@@ -210,3 +210,19 @@ def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False, 
     table["split"] = table["image"].map(splits).fillna("")
     skipped = [f"{captions_path}, row {number}: {problem}" for number, problem in bad]
     return table, image_dir, skipped + [f"{image_dir / image}: no such file" for image in missing]
+
+
+def load_generated(folder, table):
+    """The pairs of a folder that GAN.py wrote, as rows of the training split; image is the whole path of a picture.
+
+    table: what `load_captions` returns. Raises UserError where the folder has no pairs, or one whose caption is not of a
+    training image: it was made for other data, or would carry validation or test captions into training.
+    """
+    generated, image_dir, _ = load_captions(folder)
+    foreign = generated.loc[~generated["caption"].isin(table.loc[table["split"] == "train", "caption"]), "caption"]
+    if len(foreign):
+        raise UserError(
+            f"--extra-data {folder}: {len(foreign)} of its {len(generated)} captions are not training captions of this data "
+            f"set ({foreign.iloc[0][:60]!r}); generate it anew with GAN.py, from a run on this data set"
+        )
+    return generated.assign(image=[str(image_dir.resolve() / name) for name in generated["image"]], split="train")

@@ -17,14 +17,19 @@ def frozen_prefixes(config):
     return tuple(f"{tower}_encoder." for tower in ("image", "text") if config.freeze in (tower, "both"))
 
 
-def save_last(path, model, optimizer, scaler, history, config):
-    """What resuming needs: all that training changes. A frozen tower comes from where it came from before."""
+def save_last(path, model, optimizer, scaler, history, config, joint=None):
+    """What resuming needs: all that training changes. A frozen tower comes from where it came from before.
+
+    joint: the `joint.Joint` of a run that has one.
+    """
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(frozen_prefixes(config))}
     state = {"model": state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
+    if joint:
+        state["joint"] = joint.state_dict()
     write_whole(path, lambda temporary: torch.save(state, temporary))
 
 
-def load_last(path, model, optimizer, scaler, config):
+def load_last(path, model, optimizer, scaler, config, joint=None):
     """Undoes `save_last` and returns the history. Raises UserError where the file is damaged or of another model."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
@@ -33,6 +38,8 @@ def load_last(path, model, optimizer, scaler, config):
             raise ValueError(f"{len(missing) + len(unexpected)} tensors differ")
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
+        if joint:
+            joint.load_state_dict(saved["joint"])
         return saved["history"]
     except Exception as error:  # unpickling a damaged file can raise nearly anything
         reason = str(error).strip().split("\n")[0][:120]
@@ -55,15 +62,20 @@ def best_rsum(run_dir):
     return float(pd.read_csv(path)["rsum"].max()) if path.exists() else -1.0
 
 
-def start_run(config, model, skipped):
-    """Makes the run folder with all but weights. A run that is there already moves aside: nothing is lost."""
-    run_dir = Path(config.run_dir)
-    if (run_dir / "config.json").exists():
+def move_aside(run_dir, mark):
+    """Renames the folder of a run that is there already, which the file named `mark` shows: nothing is lost."""
+    if (run_dir / mark).exists():
         number = 1
         while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
             number += 1
         os.replace(run_dir, aside)
         print(f"{run_dir} held an earlier run, which is now {aside}")
+
+
+def start_run(config, model, skipped):
+    """Makes the run folder with all but weights. A run that is there already moves aside."""
+    run_dir = Path(config.run_dir)
+    move_aside(run_dir, "config.json")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "skipped.txt").unlink(missing_ok=True)

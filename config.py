@@ -66,6 +66,12 @@ class Config:
     factor: float = 0.8  # plateau: what the rates are multiplied by then
     crop: float = 0.85  # side of the smallest random training crop, as a share of the image's shorter side; 1: no zoom
 
+    # Generated pictures
+    extra_data: str = ""  # folder of pictures and captions that GAN.py --generate wrote, mixed into training batches
+    gan: Literal["none", "joint"] = "none"  # joint: a generator is trained at the same time, and lends its pictures
+    gan_weight: float = 1.0  # lambda, what the generator's loss is multiplied by, for --gan joint
+    extra_fraction: float = 0.25  # share of each batch that is generated, with --extra-data or --gan joint
+
     # The run
     seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; auto: bf16 where native, else fp32
@@ -209,6 +215,11 @@ def fill_in(config):
     )
 
 
+def generated_a_batch(config):
+    """How many of a batch's pictures are generated."""
+    return round(config.extra_fraction * config.batch_size) if config.extra_data or config.gan == "joint" else 0
+
+
 def check(config):
     """Raises UserError for a value outside its range."""
     positive = ["max_length", "projection_dim", "cached_views", "head_lr", "image_encoder_lr", "text_encoder_lr"]
@@ -217,7 +228,17 @@ def check(config):
     for name in positive:
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
-    for name in ["epochs", "batch_size", "micro_batch_size", "size", "num_workers", "weight_decay", "patience", "seed"]:
+    for name in [
+        "epochs",
+        "batch_size",
+        "micro_batch_size",
+        "size",
+        "num_workers",
+        "weight_decay",
+        "patience",
+        "seed",
+        "gan_weight",
+    ]:
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
     for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "warmup"]:
@@ -230,6 +251,18 @@ def check(config):
         raise UserError("--batch-size 1: a single pair has nothing to be told apart from; use 2 or more")
     if config.micro_batch_size and config.batch_size % config.micro_batch_size:
         raise UserError(f"--micro-batch-size {config.micro_batch_size}: does not divide --batch-size {config.batch_size}")
+    if not 0 < config.extra_fraction < 1:
+        raise UserError(f"--extra-fraction {config.extra_fraction}: must be above 0 and below 1")
+    if config.extra_data and config.gan == "joint":
+        raise UserError("--extra-data, --gan joint: either fills a share of the batch; leave one out")
+    if (config.extra_data or config.gan == "joint") and not 2 <= generated_a_batch(config) < config.batch_size:
+        count, batch_size = generated_a_batch(config), config.batch_size
+        raise UserError(f"--extra-fraction {config.extra_fraction}: makes {count} of {batch_size} pictures; from 2 on will do")
+    if config.gan == "joint" and (config.freeze in ("image", "both") or config.train_image_from or config.micro_batch_size):
+        raise UserError(
+            "--gan joint: generated pictures have to pass the whole image tower, all at once; leave out "
+            "--freeze image or both, --train-image-from and --micro-batch-size"
+        )
     if config.train_image_from and config.freeze in ("image", "both"):
         raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
     if config.train_image_from and config.compile:

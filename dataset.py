@@ -4,6 +4,7 @@ Pictures are RGB uint8 arrays, (height, width, 3), whose shorter side is the ima
 is the image tower's own affair (`modules.ImageEncoder`) and happens on its device.
 """
 
+import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -210,12 +211,17 @@ class PairSampler:
     micro_batch_size: divides batch_size; each batch then comes in parts of this size, twice in a row, as
     `gradient_cache.backward` takes them.
 
+    sources: for each generated image, which stand last in captions_of, the set of positions of the real images whose
+    caption it was made from. A batch has `generated` of them, none beside a real or generated picture of the same caption;
+    an epoch is then a pass over the real images.
+
     Attributes: steps, the batches of an epoch, and parts, the micro-batches of a batch.
     """
 
-    def __init__(self, captions_of, batch_size, seed, micro_batch_size=0):
+    def __init__(self, captions_of, batch_size, seed, micro_batch_size=0, sources=(), generated=0):
         self.captions_of, self.batch_size, self.seed, self.epoch = captions_of, batch_size, seed, 0
-        self.steps = len(captions_of) // batch_size
+        self.real, self.sources, self.generated = len(captions_of) - len(sources), sources, generated
+        self.steps = self.real // (batch_size - generated)
         self.parts = batch_size // (micro_batch_size or batch_size)
 
     def __len__(self):
@@ -223,7 +229,9 @@ class PairSampler:
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
-        order = rng.permutation(len(self.captions_of))
+        order = rng.permutation(self.real)
+        if self.generated:
+            order = self.with_generated(order, rng)
         captions = [rng.choice(self.captions_of[image]) for image in order]
         seeds = rng.integers(2**31, size=len(order)).tolist()
         draws = list(zip(order.tolist(), captions, seeds))
@@ -231,6 +239,27 @@ class PairSampler:
         for start in range(0, self.steps * self.batch_size, self.batch_size):
             parts = [draws[i : i + size] for i in range(start, start + self.batch_size, size)]
             yield from parts if self.parts == 1 else parts + parts
+
+    def with_generated(self, order, rng):
+        """Real images in order -> images in order of which each batch has its share of generated ones."""
+        rest, batches = itertools.cycle(self.real + rng.permutation(len(self.sources))), []
+        for start in range(0, self.steps * (self.batch_size - self.generated), self.batch_size - self.generated):
+            batch = order[start : start + self.batch_size - self.generated].tolist()
+            sources = set(batch)
+            for image in itertools.islice(rest, len(self.sources)):
+                if len(batch) == self.batch_size:
+                    break
+                if sources.isdisjoint(self.sources[image - self.real]):
+                    batch.append(image)
+                    sources |= self.sources[image - self.real]
+            if len(batch) < self.batch_size:
+                real = self.batch_size - self.generated
+                raise UserError(
+                    f"--extra-data: only {len(batch) - real} of its {len(self.sources)} pictures go beside {real} real ones of "
+                    "other captions; generate more, or lower --extra-fraction"
+                )
+            batches.append(rng.permutation(batch))  # micro-batches are then alike
+        return np.concatenate(batches)
 
 
 def pad(texts, pad_id):

@@ -2,31 +2,36 @@
 
 import math
 import sys
+import textwrap
 import time
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
 import gradient_cache
-from captions import load_captions
+from captions import load_captions, load_generated
 from checkpoint import best_rsum, load_last, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
-from config import SHAPES, fill_in, is_openai, parse_config
+from config import SHAPES, fill_in, generated_a_batch, is_openai, parse_config
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
 from device import autocast, pick_device, pick_dtype, speed_up_cpu
 from embedding import image_features, project, text_features, token_ids
 from evaluate import positions_of_images, recall_table, score
 from frozen import freeze_towers
-from plots import draw_curves, draw_matches, draw_similarity
+from joint import Joint
+from plots import draw_curves, draw_grid, draw_matches, draw_similarity
 from storage import UserError, run_command
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 SHOWN_QUERIES, SHOWN_MATCHES, SHOWN_PAIRS = 5, 6, 8  # in matches.png and similarity.png
+SHOWN_GENERATED = 16  # in generated.png
 
 
 # ---- learning rates: pure functions of the step and of past validation scores -------------------------------------
@@ -77,10 +82,25 @@ class Pairs:
     image_of_text: np.ndarray  # (m,) position of each caption's image
     images: Subset | torch.Tensor  # n decoded pictures, (n, views, ...) activations, or (n, d_i) features
     texts: list | torch.Tensor  # m lists of token ids, or (m, d_t) features
+    sources: list = field(default_factory=list)  # for each generated image, which come last, the real ones of its caption
 
 
-def read_pairs(config, table, image_dir, model):
-    """Decodes the pictures of a table once. Returns ({"train": Pairs, "val": Pairs}, lines on pictures left out)."""
+def sources_of(pairs, generated):
+    """For each generated image of a split, the set of positions of the real images that have its caption."""
+    captions = [set() for _ in pairs.names]
+    images = defaultdict(set)
+    for caption, image in zip(pairs.captions, pairs.image_of_text):
+        captions[image].add(caption)
+        images[caption].add(image)
+    real = sum(name not in generated for name in pairs.names)
+    return [{i for caption in own for i in images[caption] if i < real} for own in captions[real:]]
+
+
+def read_pairs(config, table, image_dir, model, generated):
+    """Decodes the pictures of a table once. Returns ({"train": Pairs, "val": Pairs}, lines on pictures left out).
+
+    generated: the names of those, last in the table, that are generated.
+    """
     names, _ = positions_of_images(table)
     paths = [image_dir / name for name in names]
     size = model.image_encoder.size
@@ -93,8 +113,9 @@ def read_pairs(config, table, image_dir, model):
         chosen = Subset(pictures, [position[name] for name in names])
         texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
         splits[split] = Pairs(names, chosen, list(rows["caption"]), image_of_text, chosen, texts)
-    if len(splits["train"].names) < config.batch_size:
-        count = len(splits["train"].names)
+    splits["train"].sources = sources_of(splits["train"], generated)
+    count = len(splits["train"].names) - len(splits["train"].sources)
+    if count < config.batch_size - (generated_a_batch(config) if generated else 0):
         raise UserError(f"--batch-size {config.batch_size}: there are only {count} training images in {image_dir}; lower it")
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
@@ -104,9 +125,10 @@ def read_pairs(config, table, image_dir, model):
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc):
+def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint=None):
     """One pass over the training images; returns the mean loss. rates: each step's rate factor.
 
+    joint: a `joint.Joint` to be trained too.
     Raises UserError at a loss that is not finite.
     """
     model.train()
@@ -120,19 +142,23 @@ def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates,
             group["lr"] = group["peak"] * rates[step]
         optimizer.zero_grad(set_to_none=True)
         if sampler.parts > 1:
-            loss = gradient_cache.backward(model, batches, sampler.parts, device, dtype, scaler)
+            total = loss = gradient_cache.backward(model, batches, sampler.parts, device, dtype, scaler)
         else:
             batch = next(batches).values()
             image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch)
+            adversarial = 0.0
+            if joint:
+                image, adversarial = joint.replace(model, image, text, mask, scaler)
             with autocast(device, dtype):
                 logits, _ = model(image, text, mask)
             loss = contrastive_loss(logits.float())
-            scaler.scale(loss).backward()
+            total = loss + adversarial
+            scaler.scale(total).backward()
         scaler.step(optimizer)
         scaler.update()
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        losses.append(loss.detach())
+        losses.append(torch.stack([loss, total]).detach())
         if step % CHECK_EVERY == 0 or step == sampler.steps - 1:
             recent = torch.stack(losses[-CHECK_EVERY:])
             if not recent.isfinite().all():
@@ -140,8 +166,8 @@ def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates,
                     f"{desc}, step {step + 1}: the loss is not finite; the last good checkpoint is kept, go on from it with "
                     "--resume and lower rates (--head-lr, --image-encoder-lr, --text-encoder-lr)"
                 )
-            progress.set_postfix(loss=f"{recent.mean():.3f}")
-    return torch.stack(losses).mean().item()
+            progress.set_postfix(loss=f"{recent[:, 0].mean():.3f}")
+    return torch.stack(losses)[:, 0].mean().item()
 
 
 def features(model, pairs, device, dtype):
@@ -173,12 +199,19 @@ def train(config):
         if split not in set(table["split"]):
             raise UserError(f"{image_dir}: none of its images is in the {split} split; mend the split lists")
     model = create_model(config, table["caption"][table["split"] == "train"])
+    generated = frozenset()
+    if config.extra_data:
+        pairs = load_generated(config.extra_data, table)
+        table, generated = pd.concat([table, pairs], ignore_index=True), frozenset(pairs["image"])
     if config.train_image_from:
         model.image_encoder.train_from(config.train_image_from)
-    splits, bad = read_pairs(config, table, image_dir, model)
+    splits, bad = read_pairs(config, table, image_dir, model, generated)
     training, validation = splits["train"], splits["val"]
     counts = [f"{len(pairs.names):,} {name} images ({len(pairs.captions):,} captions)" for name, pairs in splits.items()]
     print(f"{' and '.join(counts)} from {image_dir}; left out: {len(skipped) + len(bad)}")
+    if generated:
+        extra = generated_a_batch(config)
+        print(f"of the train images {len(training.sources):,} are generated, {extra} in each batch of {config.batch_size}")
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}, {millions:.1f} million parameters")
     print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
@@ -189,8 +222,8 @@ def train(config):
     if config.heads_first and new_heads and config.freeze != "both" and not (run_dir / "last.pt").exists():
         begun = config.resume and (run_dir / "heads" / "config.json").exists()
         print("heads first, on features of the towers held still")
-        still = replace(config, freeze="both", train_image_from="", micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)
-        still = fill_in(replace(still, run_dir=str(run_dir / "heads"), resume=begun))
+        still = replace(config, freeze="both", gan="none", train_image_from="", micro_batch_size=0)
+        still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
         save_weights(model, run_dir)  # the best so far, should fine-tuning not improve on it
@@ -201,15 +234,20 @@ def train(config):
     if config.compile:
         model.image_encoder.compile()
         model.text_encoder.compile(dynamic=True)
-    optimizer = torch.optim.AdamW(parameter_groups(model, config), fused=device.type in ("cpu", "cuda"))
+    joint, groups = None, parameter_groups(model, config)
+    if config.gan == "joint":
+        joint = Joint(config.projection_dim, generated_a_batch(config), config.gan_weight, device, dtype)
+        groups.append(joint.parameter_group)
+    optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     history = []
     if config.resume and (run_dir / "last.pt").exists():
-        history = load_last(run_dir / "last.pt", model, optimizer, scaler, config)
+        history = load_last(run_dir / "last.pt", model, optimizer, scaler, config, joint)
         print(f"going on after epoch {len(history)}")
 
     captions_of = np.split(np.argsort(training.image_of_text, kind="stable"), np.bincount(training.image_of_text).cumsum()[:-1])
-    sampler = PairSampler(captions_of, config.batch_size, config.seed, config.micro_batch_size)
+    extra = generated_a_batch(config) if generated else 0
+    sampler = PairSampler(captions_of, config.batch_size, config.seed, config.micro_batch_size, training.sources, extra)
     dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
     loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
     steps, width = config.epochs * sampler.steps, len(str(config.epochs))
@@ -220,7 +258,8 @@ def train(config):
         rsums = [row["rsum"] for row in history]
         first = epoch * sampler.steps
         rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + sampler.steps)]
-        loss = train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}")
+        desc = f"epoch {epoch + 1}"
+        loss = train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint)
         scores = score(model, *features(model, validation, device, dtype), validation.image_of_text, device)
         row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
         row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
@@ -231,7 +270,9 @@ def train(config):
         best = row["rsum"] > max([start_rsum, *rsums])
         if best:
             save_weights(model, run_dir)
-        save_last(run_dir / "last.pt", model, optimizer, scaler, history, config)
+        if joint:
+            draw_generated(joint, model, validation, device, dtype, run_dir)
+        save_last(run_dir / "last.pt", model, optimizer, scaler, history, config, joint)
         write_history(run_dir / "history.csv", history)
         recalls = [
             "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
@@ -252,6 +293,15 @@ def train(config):
     print(f"\n{said}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(score(model, I_f, T_f, validation.image_of_text, device)))
     return model
+
+
+def draw_generated(joint, model, pairs, device, dtype, run_dir):
+    """generated.png: what the generator draws for some captions of a split."""
+    rows = range(0, len(pairs.captions), max(1, len(pairs.captions) // SHOWN_GENERATED))[:SHOWN_GENERATED]
+    T_f = text_features(model, [pairs.texts[row] for row in rows], device, dtype)
+    pictures = joint.pictures(project(model.text_projection, T_f, device))
+    titles = [textwrap.fill(pairs.captions[row], 34) for row in rows]
+    draw_grid("generated for validation captions", pictures, titles, run_dir / "generated.png")
 
 
 def draw_examples(model, pairs, I_f, T_f, device, run_dir):

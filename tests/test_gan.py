@@ -1,0 +1,225 @@
+"""The generator: its losses, its folder, the pairs that it makes, and what training with them does."""
+
+import csv
+
+import numpy as np
+import pandas as pd
+import pytest
+import safetensors.torch
+import torch
+from conftest import run_script
+from torch import nn
+
+import clip
+import GAN
+import main
+from captions import load_captions, load_generated
+from config import parse_config
+from dataset import PairSampler, read_image
+from device import autocast
+from generator import SIDE, discriminator_loss, generator_loss
+from joint import Joint
+from storage import UserError
+
+
+@pytest.fixture(scope="module")
+def gan(run, tmp_path_factory):
+    """The folder of a generator for the small sample, trained for two epochs, and the flags that did it."""
+    folder = tmp_path_factory.mktemp("gan")
+    flags = ["shapes", "--run", str(run), "--cache-dir", str(folder / "cache"), "--batch-size", "32", "--device", "cpu"]
+    flags += ["--precision", "fp32"]
+    GAN.train(*GAN.parse_config([*flags, "--run-dir", str(folder / "gan"), "--epochs", "2"]))
+    return folder / "gan", flags
+
+
+@pytest.fixture(scope="module")
+def pairs(gan, tmp_path_factory):
+    """A folder of 60 generated pictures."""
+    output = tmp_path_factory.mktemp("pairs") / "pictures"
+    GAN.write_pairs(*GAN.parse_config(["shapes", "--run-dir", str(gan[0]), "--generate", "60", "--output", str(output)]))
+    return output
+
+
+class Table(nn.Module):
+    """A discriminator whose score is the picture's number plus the caption's."""
+
+    def look(self, image):
+        return image
+
+    def forward(self, features, embedding):
+        return (features + embedding).flatten()
+
+
+def test_losses_are_those_worked_by_hand():
+    real, fake = torch.tensor([[0.5], [2.0]]), torch.tensor([[0.0], [-3.0]])
+    embedding = torch.tensor([[0.0], [1.0]])
+    # right pairs score 0.5 and 3: hinges 0.5 and 0. Wrong ones 1.5 and 2: 2.5 and 3. Generated ones 0 and -2: 1 and 0.
+    assert discriminator_loss(Table(), real, fake, embedding).item() == pytest.approx(0.25 + (2.75 + 0.5) / 2)
+    assert generator_loss(Table(), fake, embedding).item() == pytest.approx(1.0)
+
+
+def test_the_folder_holds_a_grid_an_epoch_and_the_averaged_weights(gan):
+    run_dir, _ = gan
+    assert {path.name for path in run_dir.iterdir()} == {
+        "gan.json", "last.pt", "generator.safetensors", "history.csv", "samples",
+    }  # fmt: skip
+    assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["epoch-001.png", "epoch-002.png"]
+    history = pd.read_csv(run_dir / "history.csv")
+    assert list(history["epoch"]) == [1, 2] and np.isfinite(history).all(axis=None)
+    last = torch.load(run_dir / "last.pt", weights_only=True)
+    weights = safetensors.torch.load_file(run_dir / "generator.safetensors")
+    assert torch.equal(weights["begin.weight"], last["average"]["module.begin.weight"])
+    assert not torch.equal(weights["begin.weight"], last["generator"]["begin.weight"])
+
+
+def test_a_resumed_generator_equals_an_uninterrupted_one(gan, tmp_path):
+    run_dir, flags = gan
+    GAN.train(*GAN.parse_config([*flags, "--run-dir", str(tmp_path / "gan"), "--epochs", "1"]))
+    GAN.train(*GAN.parse_config(["shapes", "--run-dir", str(tmp_path / "gan"), "--resume", "--epochs", "2"]))
+    for part in ("generator", "discriminator", "average"):
+        whole, halves = (torch.load(folder / "last.pt", weights_only=True)[part] for folder in (run_dir, tmp_path / "gan"))
+        assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_generated_pairs_carry_training_captions_only(pairs, sample, run):
+    table, _, _ = load_captions(sample)
+    with open(pairs / "captions.txt", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len({row["image"] for row in rows}) == 60
+    assert {row["caption"] for row in rows} <= set(table.loc[table["split"] == "train", "caption"])
+    assert {path.name for path in (pairs / "Images").iterdir()} == {row["image"] for row in rows}
+    assert read_image(pairs / "Images" / rows[0]["image"], SIDE).shape == (SIDE, SIDE, 3)
+
+
+def test_a_batch_has_its_share_of_generated_pictures_and_none_beside_its_own_caption():
+    real, sources = 12, [{i % 12, (i + 1) % 12} for i in range(20)]  # each caption is that of two real pictures
+    captions_of = [np.array([i]) for i in range(real + len(sources))]
+    sampler = PairSampler(captions_of, 6, seed=0, sources=sources, generated=2)
+    assert sampler.steps == 3  # of four real pictures each
+    for sampler.epoch in range(50):
+        batches = [[image for image, _, _ in batch] for batch in sampler]
+        assert sorted(image for batch in batches for image in batch if image < real) == list(range(real))
+        for batch in batches:
+            generated = [sources[image - real] for image in batch if image >= real]
+            assert len(batch) == 6 and len(generated) == 2
+            used = [image for image in batch if image < real] + [image for images in generated for image in images]
+            assert len(used) == len(set(used))
+
+
+def test_too_few_generated_pictures_are_refused():
+    captions_of = [np.array([i]) for i in range(12)]
+    with pytest.raises(UserError, match="only 0 of its 4 pictures go beside 4 real ones"):
+        list(PairSampler(captions_of, 6, seed=0, sources=[set(range(8))] * 4, generated=2))
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 16}, {"freeze": "both"}])
+def test_generated_pairs_train_and_never_reach_validation(small_flags, pairs, sample, tmp_path, capsys, monkeypatch, options):
+    seen = []
+    read_pairs = main.read_pairs
+    monkeypatch.setattr(main, "read_pairs", lambda *given: seen.append(read_pairs(*given)) or seen[0])
+    main.train(parse_config(small_flags(extra_data=pairs, **options), "shapes")[0])
+    assert "of the train images 60 are generated, 8 in each batch of 32" in capsys.readouterr().out
+    splits, _ = seen[0]
+    assert len(splits["train"].names) == 96 + 60 and len(splits["val"].names) == 24
+    generated = {str(path) for path in (pairs / "Images").iterdir()}
+    assert set(splits["train"].names[96:]) == generated and not generated & set(splits["val"].names)
+    for own, caption in zip(splits["train"].sources, splits["train"].captions[5 * 96 :]):
+        real = zip(splits["train"].captions[: 5 * 96], splits["train"].image_of_text)
+        assert own == {image for text, image in real if text == caption}
+
+
+def test_each_term_moves_what_it_should(run, sample):
+    torch.manual_seed(0)
+    model, _ = clip.load(run, "cpu")
+    model.train()
+    joint = Joint(256, 4, 1.0, torch.device("cpu"), torch.float32)
+    image = torch.randint(256, (12, 3, model.image_encoder.size, model.image_encoder.size))
+    text = clip.tokenize(
+        [f"a {color} circle ." for color in ["red", "green", "blue", "yellow", "purple", "orange", "white", "black"]] * 2
+    )[:12]
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = {name: value.clone() for name, value in joint.discriminator.state_dict().items()}
+
+    def moved(module):
+        return any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
+
+    mixed, adversarial = joint.replace(model, image, text, None, scaler)
+    assert not moved(model) and not moved(joint.generator)
+    assert any(not torch.equal(before[name], value) for name, value in joint.discriminator.state_dict().items())
+    assert torch.equal(mixed[:8], image[:8].float()) and not torch.equal(mixed[8:], image[8:].float())
+    kept = {name: parameter.grad.clone() for name, parameter in joint.discriminator.named_parameters()}
+    adversarial.backward(retain_graph=True)
+    assert moved(joint.generator) and not moved(model)
+    joint.generator.zero_grad()
+    with autocast(torch.device("cpu"), torch.float32):
+        logits, _ = model(mixed, text)
+    clip.contrastive_loss(logits).backward()
+    assert moved(joint.generator) and moved(model.image_encoder) and moved(model.text_encoder)
+    assert all(torch.equal(kept[name], parameter.grad) for name, parameter in joint.discriminator.named_parameters())
+
+
+def test_joint_training_leaves_a_grid_and_a_run_that_loads(small_flags, tmp_path):
+    main.train(parse_config(small_flags(gan="joint"), "shapes")[0])
+    assert (tmp_path / "run" / "generated.png").exists()
+    clip.load(tmp_path / "run", "cpu")
+
+
+def test_another_text_tower_is_refused(gan, small_flags, tmp_path):
+    main.train(parse_config(small_flags("other", epochs=1), "shapes")[0])
+    flags = ["shapes", "--run-dir", str(gan[0]), "--run", str(tmp_path / "other")]
+    with pytest.raises(UserError, match="trained with another text tower than that of .*other"):
+        GAN.write_pairs(*GAN.parse_config([*flags, "--generate", "3"]))
+    with pytest.raises(UserError, match="trained with another text tower than that of .*other"):
+        GAN.train(*GAN.parse_config([*flags, "--resume", "--epochs", "3"]))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_epoch(gan, tmp_path, monkeypatch):
+    _, flags = gan
+    flags = [*flags, "--run-dir", str(tmp_path / "gan")]
+    GAN.train(*GAN.parse_config([*flags, "--epochs", "1"]))
+    before = (tmp_path / "gan" / "last.pt").read_bytes()
+    monkeypatch.setattr(GAN, "generator_loss", lambda *given: generator_loss(*given) * float("nan"))
+    with pytest.raises(UserError, match=r"epoch 2, step 1: a loss is not finite; .* --resume"):
+        GAN.train(*GAN.parse_config([*flags, "--resume", "--epochs", "2"]))
+    assert (tmp_path / "gan" / "last.pt").read_bytes() == before
+
+
+def test_foreign_and_empty_folders_of_pairs_are_named(pairs, sample, tmp_path):
+    table, _, _ = load_captions(sample)
+    with pytest.raises(UserError, match="60 of its 60 captions are not training captions of this data set"):
+        load_generated(pairs, table.assign(split="val"))
+    (tmp_path / "Images").mkdir()
+    with pytest.raises(UserError, match="no captions file"):
+        load_generated(tmp_path, table)
+    with pytest.raises(UserError, match="no such folder"):
+        load_generated(tmp_path / "nowhere", table)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--extra-data", "x", "--extra-fraction", "1.5"], "--extra-fraction 1.5: must be above 0 and below 1"),
+        (["--extra-data", "x", "--extra-fraction", "0.001"], "makes 0 of 128 pictures"),
+        (["--extra-data", "x", "--gan", "joint"], "leave one out"),
+        (["--gan", "joint", "--freeze", "image"], "--gan joint: .* leave out --freeze"),
+        (["--gan", "joint", "--micro-batch-size", "32"], "--gan joint: .*--micro-batch-size"),
+    ],
+)
+def test_flags_that_make_no_sense_are_named(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_config(["shapes", *flags], "shapes")
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["nothing"], "preset 'nothing' is unknown; there are shapes, flickr8k"),
+        (["shapes", "--batch-size", "1"], "--batch-size 1: must be 2 or more"),
+        (["shapes", "--run-dir", "nowhere", "--generate", "5"], "nowhere: no generator is there"),
+        (["shapes", "--run", "nowhere"], "nowhere: no run is there"),
+    ],
+)
+def test_the_commands_errors_are_one_line(flags, message):
+    process = run_script("GAN.py", *flags)
+    assert process.returncode == 2
+    assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1 and message in process.stderr
