@@ -47,7 +47,7 @@ SHAPES = {  # name: words
     "ring": ["ring", "hoop"],
     "cross": ["cross", "plus sign"],
 }
-SIZES = {"small": (["small", "little", "tiny"], 0.10), "large": (["large", "big", "huge"], 0.165)}  # radius / side
+SIZES = {"small": (["small", "little", "tiny"], 0.12), "large": (["large", "big", "huge"], 0.165)}  # radius / side
 BACKGROUNDS = {
     "grey": ["a grey background", "plain grey"],
     "sand": ["a sandy background", "sand"],
@@ -67,6 +67,7 @@ PLACES = {  # (row, column) of a 3 x 3 grid: words
     (2, 1): ["at the bottom", "in the middle of the bottom edge"],
     (2, 2): ["in the bottom right corner", "at the lower right"],
 }
+BEGINNINGS = ["", "", "a photo of ", "a picture of "]  # of captions that only name what is there, as people begin theirs
 HELD_OUT = {
     ("red", "star"),
     ("green", "ring"),
@@ -183,8 +184,8 @@ def captions(scene, rng):
     if len(scene.things) == 1:
         (a,) = scene.things
         return [
-            f"{one(a, size=True)} {place(a)} .",
-            f"{one(a, color=False)} on {rng.choice(ground)} .",
+            f"{rng.choice(BEGINNINGS)}{one(a, size=True)} {place(a)} .",
+            f"{rng.choice(BEGINNINGS)}{one(a, color=False)} on {rng.choice(ground)} .",
             f"on {rng.choice(ground)} there is {one(a)} {place(a)} .",
             f"one shape on {rng.choice(ground)} : {one(a, size=True, color=False)} {place(a)} .",
             f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} .",
@@ -194,7 +195,7 @@ def captions(scene, rng):
     count = {2: "two", 3: "three"}[len(scene.things)]
     return [
         f"{one(a, size=True)} is {relation(a, b, rng)} {one(b, size=True)} .",
-        f"{listed([one(thing, color=False) for thing in order])} on {rng.choice(ground)} .",
+        f"{rng.choice(BEGINNINGS)}{listed([one(thing, color=False) for thing in order])} on {rng.choice(ground)} .",
         f"on {rng.choice(ground)} there is {one(b)} {relation(b, a, rng)} {one(a)} .",
         f"{count} shapes on {rng.choice(ground)} : {listed([one(thing, size=True, color=False) for thing in order])} .",
         f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} ; {one(b)} is {place(b)} .",
@@ -212,11 +213,11 @@ def paint_background(name, side, rng):
     period, shift = rng.uniform(0.12, 0.2), rng.random()
     if name == "striped":
         slope = rng.choice([0, 1, -1])
-        pattern = np.floor((ys + slope * xs) / period + shift) % 2 * 60 - 30
+        pattern = np.floor((ys + slope * xs) / period + shift) % 2 * 30 - 15
     elif name == "checked":
-        pattern = (np.floor(ys / period + shift) + np.floor(xs / period + shift)) % 2 * 60 - 30
+        pattern = (np.floor(ys / period + shift) + np.floor(xs / period + shift)) % 2 * 30 - 15
     elif name == "grainy":
-        pattern = np.random.default_rng(rng.getrandbits(32)).normal(0, 30, (side, side))
+        pattern = np.random.default_rng(rng.getrandbits(32)).normal(0, 15, (side, side))
     else:  # plain colours fade a little in one direction, as photographs do
         angle = rng.uniform(0, 2 * np.pi)
         pattern = 14 * (np.cos(angle) * (xs - 0.5) + np.sin(angle) * (ys - 0.5))

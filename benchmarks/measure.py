@@ -3,10 +3,12 @@
 A machine is never equally fast for long, so sides that are compared run alternately and the median of their times counts.
 """
 
+import json
 import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -58,12 +60,12 @@ def report(title, columns, rows, json_path):
         write_json(json_path, results)
 
 
-def timed_lines(arguments):
-    """Runs `python main.py` with these arguments and yields (seconds since its start, line printed), as they come.
+def timed_lines(arguments, script="main.py"):
+    """Runs `python main.py`, or another script, and yields (seconds since its start, line printed), as they come.
 
     Raises UserError where it fails.
     """
-    command = [sys.executable, "-u", str(ROOT / "main.py"), *map(str, arguments)]
+    command = [sys.executable, "-u", str(ROOT / script), *map(str, arguments)]
     started = time.perf_counter()
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         for line in process.stdout:
@@ -71,3 +73,13 @@ def timed_lines(arguments):
         errors = process.stderr.read()
     if process.returncode:
         raise UserError(errors.strip().split("\n")[-1])
+
+
+def evaluate(*arguments):
+    """The JSON that python evaluate.py writes. Raises UserError where it fails."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments), "--json", f"{folder}/scores.json"]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if process.returncode:
+            raise UserError(process.stderr.strip().split("\n")[-1])
+        return json.loads(Path(f"{folder}/scores.json").read_text(encoding="utf-8"))

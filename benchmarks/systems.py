@@ -1,58 +1,49 @@
 """Systems compared on the drawn sample: parameters, pairs a second, recall and zero-shot accuracy, several seeds.
 
     python benchmarks/systems.py
-    python benchmarks/systems.py --presets paper mixer --seeds 0 1 2
+    python benchmarks/systems.py --systems mixer transformer --seeds 0 1 2
 
-Every system is trained with its preset's one command, `python main.py PRESET`. Seeds go round all systems in turn. The
-zero-shot pictures, drawn for this, show one shape each; their 48 classes are the sample's pairs of colour and shape.
+Every preset is trained with its one command, `python main.py PRESET`; `transformer` is the preset `mixer` with attention in
+place of token mixing, at equal depth and width. Seeds go round all systems in turn. The zero-shot pictures, drawn for this,
+show one shape each; their 48 classes are the sample's pairs of colour and shape.
 """
 
-import json as jsons
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pandas as pd
-from measure import ROOT, report, spread, timed_lines
+from measure import evaluate, report, spread, timed_lines
 
 import clip
 from config import PRESETS, SHAPES, parse_flags
 from Datasets import shapes
-from storage import UserError, run_command
+from storage import run_command
 
-ON_SHAPES = tuple(name for name, config in PRESETS.items() if config.data_dir == SHAPES.data_dir)
+SYSTEMS = {name: [name] for name, config in PRESETS.items() if config.data_dir == SHAPES.data_dir}
+SYSTEMS["transformer"] = ["mixer", "--image-encoder", "vit", "--image-heads", "2", "--image-encoder-lr", "7e-4"]
+SYSTEMS["transformer"] += ["--text-encoder", "clip", "--text-heads", "8", "--text-encoder-lr", "7e-4"]
 TRAINED = 6000  # images of the sample that an epoch passes over
 
 
-def evaluate(*arguments):
-    """The JSON that python evaluate.py writes. Raises UserError where it fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments), "--json", f"{folder}/scores.json"]
-        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        if process.returncode:
-            raise UserError(process.stderr.strip().split("\n")[-1])
-        return jsons.loads(Path(f"{folder}/scores.json").read_text(encoding="utf-8"))
-
-
-def measure(presets: tuple[str, ...] = ON_SHAPES, seeds: tuple[int, ...] = (0, 1, 2), json: str = ""):
-    """Trains each preset with each seed, and scores it on the test images and by zero-shot classification.
+def measure(systems: tuple[str, ...] = tuple(SYSTEMS), seeds: tuple[int, ...] = (0, 1, 2), json: str = ""):
+    """Trains each system with each seed, and scores it on the test images and by zero-shot classification.
 
     Args:
-        presets: presets that train on the drawn sample
-        seeds: one run of each preset a seed
+        systems: presets that train on the drawn sample, and transformer
+        seeds: one run of each system a seed
         json: file for the figures
     """
-    found = {preset: [] for preset in presets}
+    found = {system: [] for system in systems}
     with tempfile.TemporaryDirectory() as folder:
         shapes.draw(f"{folder}/sample")
         shapes.draw_classes(f"{folder}/classes")
         zeroshot = ["--images", f"{folder}/classes", "--output", f"{folder}/confusion.png"]
         for seed in seeds:
-            for preset in presets:
-                run = Path(folder) / f"{preset}-{seed}"
-                flags = [preset, "--data-dir", f"{folder}/sample", "--cache-dir", f"{folder}/cache", "--run-dir", run]
+            for system in systems:
+                run = Path(folder) / f"{system}-{seed}"
+                flags = [*SYSTEMS[system], "--data-dir", f"{folder}/sample", "--cache-dir", f"{folder}/cache", "--run-dir", run]
                 *_, (total, _) = timed_lines([*flags, "--seed", seed])
                 history = pd.read_csv(run / "history.csv")
                 model, _ = clip.load(run, "cpu")
@@ -66,11 +57,11 @@ def measure(presets: tuple[str, ...] = ON_SHAPES, seeds: tuple[int, ...] = (0, 1
                     "test I2T R@1": test["image_to_text"]["R@1"],
                     "zero-shot top-1": evaluate("zeroshot", "--run", run, *zeroshot)["top1"],
                 }
-                found[preset].append(row)
-                print(f"seed {seed}, {preset}: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
+                found[system].append(row)
+                print(f"seed {seed}, {system}: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
     columns = list(next(iter(found.values()))[0])
-    rows = [[preset, *(spread([row[column] for row in runs]) for column in columns)] for preset, runs in found.items()]
-    report(f"Systems on the drawn sample, seeds {', '.join(map(str, seeds))}", ["preset", *columns], rows, json)
+    rows = [[system, *(spread([row[column] for row in runs]) for column in columns)] for system, runs in found.items()]
+    report(f"Systems on the drawn sample, seeds {', '.join(map(str, seeds))}", ["system", *columns], rows, json)
 
 
 if __name__ == "__main__":
