@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import Subset
 from tqdm import tqdm
 
 from captions import load_captions
@@ -120,11 +121,16 @@ def load_gan(run_dir):
 
 
 def read_captions_and_tower(config, preset):
-    """(table, image_dir, embed, key): the run's data set, captions to embeddings, and the key of the tower that does it."""
+    """The run's data set, and its text tower, held still.
+
+    Returns (table, image_dir, skip_bad, embed, key, device, dtype): what `load_captions` gives, and whether the run skips bad
+    pictures; a function from m captions to (m, d_e) embeddings of length 1, and the key of the weights in it.
+    """
     if preset == "shapes" and config.run == PRESETS["shapes"].run and not Path(config.run, "config.json").exists():
         print(f"no run in {config.run} to read captions: python main.py shapes trains it first", flush=True)
+        script = Path(__file__).with_name("main.py")
         data = ["--data-dir", config.data_dir] if config.data_dir else []
-        code = subprocess.run([sys.executable, "main.py", "shapes", "--run-dir", config.run, *data]).returncode
+        code = subprocess.run([sys.executable, script, "shapes", "--run-dir", config.run, *data]).returncode
         if code:
             sys.exit(code)  # it has said why
     of_run = load_run(config.run)["config"]
@@ -136,10 +142,9 @@ def read_captions_and_tower(config, preset):
     key = key_of_weights(torch.nn.ModuleList([model.text_encoder, model.text_projection]))
 
     def embed(captions):
-        """m captions -> (m, d_e) embeddings of length 1."""
         return project(model.text_projection, text_features(model, token_ids(model.tokenizer, captions), device, dtype), device)
 
-    return table, image_dir, embed, key, device, dtype
+    return table, image_dir, of_run.skip_bad, embed, key, device, dtype
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -147,13 +152,17 @@ def read_captions_and_tower(config, preset):
 
 def train(config, preset):
     """Trains a generator from a GANConfig, and leaves it in run_dir with a grid of samples an epoch."""
-    table, image_dir, embed, key, device, dtype = read_captions_and_tower(config, preset)
+    table, image_dir, skip_bad, embed, key, device, dtype = read_captions_and_tower(config, preset)
     run_dir = Path(config.run_dir)
     rows = table[table["split"] == "train"]
+    names, _ = positions_of_images(rows)
+    paths = [image_dir / name for name in names]
+    pictures, bad = decode_images(paths, SIDE, config.cache_dir, config.num_workers, skip_bad)
+    rows = rows[~rows["image"].isin([names[i] for i in bad])]
+    pictures = Subset(pictures, [i for i in range(len(names)) if i not in bad])
     names, image_of_text = positions_of_images(rows)
     if len(names) < config.batch_size:
         raise UserError(f"--batch-size {config.batch_size}: there are only {len(names)} training images; lower it")
-    pictures, _ = decode_images([image_dir / name for name in names], SIDE, config.cache_dir, config.num_workers)
     embeddings = embed(rows["caption"])  # (m, d_e)
     held_out = list(table.loc[table["split"] == "val", "caption"])
     held_out = held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]
@@ -295,7 +304,7 @@ def load_generator(run_dir, width):
 
 def write_pairs(config, preset):
     """Writes `generate` pictures and their captions, from the training split only, in Kaggle's layout."""
-    table, _, embed, key, device, _ = read_captions_and_tower(config, preset)
+    table, _, _, embed, key, device, _ = read_captions_and_tower(config, preset)
     check_tower(config, key)
     captions = table.loc[table["split"] == "train", "caption"].unique()
     rng = np.random.default_rng(config.seed)
@@ -321,7 +330,10 @@ def write_pairs(config, preset):
 
 def main():
     config, preset = parse_config(sys.argv[1:])
-    (write_pairs if config.generate else train)(config, preset)
+    try:
+        (write_pairs if config.generate else train)(config, preset)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"--resume --run-dir {config.run_dir} goes on after the last whole epoch") from None
 
 
 if __name__ == "__main__":

@@ -95,7 +95,7 @@ def confirmed(judge, pictures, captions):
 def judge_split(judge, gan_dir, split):
     """(share confirmed in generated pictures, share in the real ones) for the captions of a split that name colours."""
     saved = GAN.load_gan(gan_dir)["config"]
-    table, image_dir, embed, _, device, _ = GAN.read_captions_and_tower(saved, "shapes")
+    table, image_dir, _, embed, _, device, _ = GAN.read_captions_and_tower(saved, "shapes")
     rows = table[(table["split"] == split) & table["caption"].map(named_looks).astype(bool)]
     embeddings = embed(rows["caption"])
     noise = torch.randn(len(rows), NOISE, generator=torch.Generator().manual_seed(0))
