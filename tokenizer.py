@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from storage import UserError, write_whole
+from storage import UserError
 from towers import load_pretrained
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -66,10 +66,6 @@ def shaped(tokenizer, max_length, pad_id, pad_token):
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=pad_id, pad_token=pad_token)
     return tokenizer
-
-
-def save_tokenizer(tokenizer, run_dir):
-    write_whole(Path(run_dir) / "tokenizer.json", lambda path: tokenizer.save(str(path)))
 
 
 def read_tokenizer(run_dir):
