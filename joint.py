@@ -55,6 +55,7 @@ class Joint:
         image: (n, 3, h, w) pixels of 0 to 255; text and attention_mask: (n, l).
         Returns (image, lambda * generator loss): (n, 3, h, w) and ().
         """
+        self.generator.train()  # drawing pictures leaves it in eval mode
         own, mask = text[-self.count :], None if attention_mask is None else attention_mask[-self.count :]
         real = F.interpolate(image[-self.count :].float(), size=SIDE, mode="area")
         with autocast(self.device, self.dtype):

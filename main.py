@@ -260,7 +260,8 @@ def train(config):
         rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + sampler.steps)]
         desc = f"epoch {epoch + 1}"
         loss = train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint)
-        scores = score(model, *features(model, validation, device, dtype), validation.image_of_text, device)
+        I_f, T_f = features(model, validation, device, dtype)
+        scores = score(model, I_f, T_f, validation.image_of_text, device)
         row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
         row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
         for direction in ("image_to_text", "text_to_image"):
@@ -271,7 +272,7 @@ def train(config):
         if best:
             save_weights(model, run_dir)
         if joint:
-            draw_generated(joint, model, validation, device, dtype, run_dir)
+            draw_generated(joint, model, validation.captions, T_f, device, run_dir)
         save_last(run_dir / "last.pt", model, optimizer, scaler, history, config, joint)
         write_history(run_dir / "history.csv", history)
         recalls = [
@@ -295,12 +296,11 @@ def train(config):
     return model
 
 
-def draw_generated(joint, model, pairs, device, dtype, run_dir):
-    """generated.png: what the generator draws for some captions of a split."""
-    rows = range(0, len(pairs.captions), max(1, len(pairs.captions) // SHOWN_GENERATED))[:SHOWN_GENERATED]
-    T_f = text_features(model, [pairs.texts[row] for row in rows], device, dtype)
-    pictures = joint.pictures(project(model.text_projection, T_f, device))
-    titles = [textwrap.fill(pairs.captions[row], 34) for row in rows]
+def draw_generated(joint, model, captions, T_f, device, run_dir):
+    """generated.png: what the generator draws for some of m captions, whose features are T_f, (m, d_t)."""
+    rows = range(0, len(captions), max(1, len(captions) // SHOWN_GENERATED))[:SHOWN_GENERATED]
+    pictures = joint.pictures(project(model.text_projection, T_f[list(rows)], device))
+    titles = [textwrap.fill(captions[row], 34) for row in rows]
     draw_grid("generated for validation captions", pictures, titles, run_dir / "generated.png")
 
 

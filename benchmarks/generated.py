@@ -9,6 +9,7 @@ images. A classifier of colour and shape, trained on real pictures of other scen
 name it finds in the pictures made from them.
 """
 
+import random
 import re
 import shutil
 import sys
@@ -60,7 +61,7 @@ def named_looks(caption):
 def train_judge():
     """A classifier of (n, 3, SIDE, SIDE) pixels into (n, 48) logits: is a thing of this colour and shape in the picture?"""
     torch.manual_seed(0)
-    rng = shapes.random.Random(1_000)
+    rng = random.Random(1_000)
     scenes = [shapes.random_scene(rng) for _ in range(JUDGE_SCENES)]
     pictures = [cv2.resize(shapes.paint(scene, 96, rng), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for scene in scenes]
     image = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

@@ -58,7 +58,16 @@ def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_pat
     assert not all(torch.equal(value, other[name]) for name, value in weights(tmp_path / "a").items())
 
 
-@pytest.mark.parametrize("options", [{}, {"freeze": "image"}, {"schedule": "plateau", "patience": 0}, {"micro_batch_size": 8}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"freeze": "image"},
+        {"schedule": "plateau", "patience": 0},
+        {"micro_batch_size": 8},
+        {"gan": "joint", "freeze": "text"},
+    ],
+)
 def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkeypatch, options):
     train(small_flags("whole", epochs=4, **options))
     calls, train_epoch = [], main.train_epoch
