@@ -12,16 +12,25 @@ ones in their place: a generated picture never meets the real picture of its cap
     discriminator loss       the discriminator alone, in a step of its own before: its aim is opposed to the generator's,
                              and in a sum the two would cancel
 
-Both terms are means over pairs, in nats and in scores that the hinge loss keeps near 1, so lambda is of the order of 1.
+Both terms are means over pairs, in nats and in scores of which the hinge loss asks no more than 1: lambda is of the order of 1.
 """
 
 import torch
 import torch.nn.functional as F
 
 from device import autocast
-from generator import NOISE, SIDE, Discriminator, Generator, discriminator_loss, draw_pictures, generator_loss
+from generator import (
+    NOISE,
+    SIDE,
+    Discriminator,
+    Generator,
+    discriminator_loss,
+    draw_pictures,
+    generator_loss,
+    gradient_penalty,
+)  # fmt: skip
 
-RATE, BETAS = 4e-4, (0.0, 0.9)  # Adam's, of both networks
+RATE, BETAS = 1e-3, (0.0, 0.9)  # Adam's, of both networks
 
 
 class Joint:
@@ -63,6 +72,7 @@ class Joint:
                 embedding = F.normalize(model.encode_text(own, mask).float(), dim=1)  # (k, d_e)
             fake = self.generator(torch.randn(self.count, NOISE).to(self.device), embedding)
             loss = discriminator_loss(self.discriminator, real, fake.detach(), embedding)
+        loss = loss + gradient_penalty(self.discriminator, real, embedding)
         self.optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(self.optimizer)

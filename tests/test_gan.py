@@ -17,7 +17,7 @@ from captions import load_captions, load_generated
 from config import parse_config
 from dataset import PairSampler, read_image
 from device import autocast
-from generator import SIDE, discriminator_loss, generator_loss
+from generator import SIDE, discriminator_loss, generator_loss, gradient_penalty
 from joint import Joint
 from storage import UserError
 
@@ -43,19 +43,26 @@ def pairs(gan, tmp_path_factory):
 class Table(nn.Module):
     """A discriminator whose score is the picture's number plus the caption's."""
 
-    def look(self, image):
-        return image
-
-    def forward(self, features, embedding):
-        return (features + embedding).flatten()
+    def forward(self, image, embedding):
+        return image + embedding.T
 
 
 def test_losses_are_those_worked_by_hand():
     real, fake = torch.tensor([[0.5], [2.0]]), torch.tensor([[0.0], [-3.0]])
     embedding = torch.tensor([[0.0], [1.0]])
-    # right pairs score 0.5 and 3: hinges 0.5 and 0. Wrong ones 1.5 and 2: 2.5 and 3. Generated ones 0 and -2: 1 and 0.
-    assert discriminator_loss(Table(), real, fake, embedding).item() == pytest.approx(0.25 + (2.75 + 0.5) / 2)
-    assert generator_loss(Table(), fake, embedding).item() == pytest.approx(1.0)
+    # Right pairs score 0.5 and 3: hinges 0.5 and 0. Wrong ones 1.5 and 2: 2.5 and 3. Generated ones 0 and -2: 1 and 0.
+    # The second caption always scores 1 more than the first: matching costs ln(1 + e) and ln(1 + 1/e), 0.8133 in the mean.
+    assert discriminator_loss(Table(), real, fake, embedding).item() == pytest.approx(0.25 + 1.625 + 0.8133, abs=1e-4)
+    assert generator_loss(Table(), fake, embedding).item() == pytest.approx(1.0 + 0.8133, abs=1e-4)
+
+
+def test_the_gradient_penalty_is_half_the_squared_slope():
+    class Plane(nn.Module):
+        def forward(self, image, embedding):
+            return (image[:, 0, 0, :1] * 3 + image[:, 1, 0, :1] * 4) / 127.5 + embedding.T
+
+    real, embedding = torch.rand(16, 3, 2, 2) * 255, torch.zeros(16, 1)
+    assert gradient_penalty(Plane(), real, embedding).item() == pytest.approx((3**2 + 4**2) / 2)
 
 
 def test_the_folder_holds_a_grid_an_epoch_and_the_averaged_weights(gan):
