@@ -31,9 +31,9 @@ from generator import NOISE, SIDE, draw_pictures
 from modules import ImageEncoder
 from storage import run_command
 
-STEPS = {200: 150, 500: 300, 6000: 552}  # of CLIP with so many training images; other numbers take the largest
-GAN_STEPS = 2790  # of the generator: 30 epochs of all images
-BATCH, GAN_BATCH, FRACTION = {200: 64, 500: 64}, 64, 0.25  # BATCH: of other numbers, the preset's
+STEPS = {200: 150, 500: 300, 6000: 460}  # of CLIP with so many training images; other numbers take the largest
+GAN_EPOCHS = {200: 200, 500: 100, 6000: 25}  # of the generator; other numbers take the least
+BATCH, FRACTION = {200: 64, 500: 64}, 0.25  # BATCH: of other numbers, the preset's
 GENERATED = 5  # pictures a training image, at most MOST_GENERATED
 MOST_GENERATED = 5000
 LOOKS = [(color, shape) for color in shapes.COLORS for shape in shapes.SHAPES]
@@ -95,16 +95,22 @@ def confirmed(judge, pictures, captions):
 
 
 def judge_split(judge, gan_dir, split):
-    """(share confirmed in generated pictures, share in the real ones) for the captions of a split that name colours."""
+    """Shares of looks found for the captions of a split that name one of them, and for those that name two.
+
+    Returns [share in generated pictures, in the real ones, and the same for two], in percent.
+    """
     saved = GAN.load_gan(gan_dir)["config"]
     table, image_dir, _, embed, _, device, _ = GAN.read_captions_and_tower(saved, "shapes")
-    rows = table[(table["split"] == split) & table["caption"].map(named_looks).astype(bool)]
-    embeddings = embed(rows["caption"])
-    noise = torch.randn(len(rows), NOISE, generator=torch.Generator().manual_seed(0))
-    generator = GAN.load_generator(gan_dir, embeddings.shape[1]).to(device)
-    made = draw_pictures(generator, noise.to(device), embeddings.to(device))
-    real = [read_image(image_dir / name, SIDE) for name in rows["image"]]
-    return confirmed(judge, made, rows["caption"]), confirmed(judge, real, rows["caption"])
+    shares = []
+    for count in (1, 2):
+        rows = table[(table["split"] == split) & (table["caption"].map(named_looks).map(len) == count)]
+        embeddings = embed(rows["caption"])
+        noise = torch.randn(len(rows), NOISE, generator=torch.Generator().manual_seed(0))
+        generator = GAN.load_generator(gan_dir, embeddings.shape[1]).to(device)
+        made = draw_pictures(generator, noise.to(device), embeddings.to(device))
+        real = [read_image(image_dir / name, SIDE) for name in rows["image"]]
+        shares += [confirmed(judge, made, rows["caption"]), confirmed(judge, real, rows["caption"])]
+    return shares
 
 
 # ---- recall with and without -------------------------------------------------------------------------------------
@@ -144,21 +150,22 @@ def measure(images: tuple[int, ...] = (200, 500, 6000), seeds: tuple[int, ...] =
                     print(f"{count} images, seed {seed}, {way}: test rsum {rsum:.1f}, T2I R@1 {recall:.1f}", flush=True)
                     if way == "real only" and seed == seeds[0]:
                         gan = ["shapes", "--run", run, "--run-dir", gan_dir, "--cache-dir", folder / "cache"]
-                        epochs = round(GAN_STEPS / (count // GAN_BATCH))
-                        for _ in timed_lines([*gan, "--epochs", epochs, "--batch-size", GAN_BATCH], "GAN.py"):
+                        epochs = GAN_EPOCHS.get(count, min(GAN_EPOCHS.values()))
+                        for _ in timed_lines([*gan, "--epochs", epochs], "GAN.py"):
                             pass
                         number = min(GENERATED * count, MOST_GENERATED)
                         for _ in timed_lines(
                             ["shapes", "--run-dir", gan_dir, "--generate", number, "--output", extra], "GAN.py"
                         ):
                             pass
-                        shares = [*judge_split(judge, gan_dir, "val"), *judge_split(judge, gan_dir, "test")]
-                        judged.append([count, *(f"{share:.1f}" for share in shares)])
-                        print(f"{count} images: generated and real, val, then test: {judged[-1][1:]}", flush=True)
+                        for split in ("val", "test"):
+                            shares = [f"{share:.1f}" for share in judge_split(judge, gan_dir, split)]
+                            judged.append([count, {"val": "validation", "test": "test"}[split], *shares])
+                            print(f"looks found for {count} images, captions of {split}: {' '.join(shares)}", flush=True)
             for way, runs in scores.items():
                 recalls = [[run[side]["R@1"] for run in runs] for side in ("text_to_image", "image_to_text")]
                 rows.append([count, steps, way, *map(spread, recalls), spread([run["rsum"] for run in runs])])
-    columns = ["training images", "generated, val", "real, val", "generated, test", "real, test"]
+    columns = ["training images", "captions", "one look: generated", "real", "two looks: generated", "real"]
     report("Looks that captions name, found by a classifier, percent", columns, judged, "")
     columns = ["training images", "steps", "trained on", "test T2I R@1", "test I2T R@1", "test rsum"]
     report(f"Recall with and without generated pairs, seeds {', '.join(map(str, seeds))}", columns, rows, json)
