@@ -31,7 +31,7 @@ from generator import NOISE, SIDE, draw_pictures
 from modules import ImageEncoder
 from storage import run_command
 
-STEPS = {200: 150, 500: 300, 6000: 460}  # of CLIP with so many training images; other numbers take the largest
+STEPS = {200: 150, 500: 300, 6000: 500}  # of CLIP with so many training images; other numbers take the largest
 GAN_EPOCHS = {200: 200, 500: 100, 6000: 25}  # of the generator; other numbers take the least
 BATCH, FRACTION = {200: 64, 500: 64}, 0.25  # BATCH: of other numbers, the preset's
 GENERATED = 5  # pictures a training image, at most MOST_GENERATED
