@@ -4,15 +4,18 @@ The lines of the paper's pseudocode (its figure 3) stand beside the code that do
 """
 
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
+from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from config import CONTEXT_LENGTH, OPENAI, PRESETS, fill_in, is_openai, load_run
@@ -22,13 +25,14 @@ from modules import ImageEncoder, ProjectionHead, TextEncoder
 from openai_weights import load_openai
 from storage import UserError, write_whole
 from tokenizer import openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
-from towers import load_pretrained, random_text_tower
+from towers import go_offline_without_hub, load_pretrained, random_text_tower
 
+TRAVELLING = ("config.json", "tokenizer.json", "README.md", "history.csv", "curves.png")  # of a run folder, beside its weights
 last_tokenizer = None  # of the model that `load` returned last, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper's bound: logits are never scaled by more than 100
 
 
-class CLIPModel(nn.Module):
+class CLIPModel(nn.Module, ModelHubMixin):
     """Two towers and their heads.
 
     image_encoder: maps (n, 3, h, w) pixels to (n, d_i) features and has the attribute width, d_i; text_encoder maps
@@ -46,6 +50,21 @@ class CLIPModel(nn.Module):
         self.text_projection = ProjectionHead(text_encoder.width, projection_dim, layers, dropout, text_dropout)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.tokenizer = tokenizer
+        self.run_dir = None  # that `load` found it in
+
+    def _save_pretrained(self, save_directory):
+        """What huggingface_hub's save_pretrained and push_to_hub write: a run folder with the weights as they are now."""
+        if self.run_dir is None:
+            raise UserError("only a model that clip.load found in a run folder can be saved as one; train it with main.py")
+        for name in (name for name in TRAVELLING if Path(self.run_dir, name).exists()):
+            if not (Path(save_directory) / name).exists() or Path(save_directory).resolve() != Path(self.run_dir).resolve():
+                shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
+        save_weights(self, save_directory)
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id, **_):
+        """What huggingface_hub's from_pretrained returns."""
+        return load(model_id, "cpu")[0]
 
     def image_features(self, image):
         """(n, 3, h, w) pixels or a trunk's activations -> (n, d_i). Features, (n, d_i), pass: computed before."""
@@ -180,15 +199,15 @@ def load(name, device="auto", jit=False):
         raise UserError("clip.load(jit=True): these models are not scripted; use torch.compile(model)")
     if name in OPENAI:
         model = create_model(fill_in(replace(PRESETS["openai"], image_encoder=name)), [])
-    elif not Path(name).is_dir():
-        raise UserError(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
     else:
+        name = name if Path(name).is_dir() else fetch(str(name))
         run = load_run(name)
         image_encoder = create_image_encoder(run["config"], "random", run["towers"]["image"]["size"])
         text_tower = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**run["towers"]["text"]))
         text_encoder = TextEncoder(text_tower, run["towers"]["pooling"])
         model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
         load_weights(model, name)
+        model.run_dir = str(name)
     model.eval().to(pick_device(str(device)))
     size = model.image_encoder.size
     last_tokenizer = model.tokenizer
@@ -198,6 +217,17 @@ def load(name, device="auto", jit=False):
         return torch.from_numpy(center_crop(image, size)).permute(2, 0, 1).float()
 
     return model, preprocess
+
+
+def fetch(name):
+    """The folder of a run that was pushed to a model hub as USER/NAME, on this machine. Raises UserError where it has none."""
+    if name.count("/") == 1:
+        go_offline_without_hub()
+        try:
+            return huggingface_hub.snapshot_download(name, allow_patterns=[*TRAVELLING, "model.safetensors"])
+        except (OSError, ValueError) as error:
+            print(f"{name}: not to be had from a model hub ({type(error).__name__})")
+    raise UserError(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
 
 
 def available_models():

@@ -7,22 +7,26 @@ is the image tower's own affair (`modules.ImageEncoder`) and happens on its devi
 import itertools
 import os
 import shutil
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for its newest version
+os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2 * 10**8))  # what declares more is not decoded: memory is not endless
 
 import albumentations as A
 import cv2
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from storage import UserError, file_facts, key_of
 
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
+HEIC_ENDINGS = {".heic", ".heif"}
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"} | HEIC_ENDINGS
 MOST_ELONGATED = 3  # width to height, or height to width; what a picture has beyond is cut off evenly at both ends
 VIEW = f"shorter side resized, at most 1 to {MOST_ELONGATED}, middle square"  # what scoring sees; a part of cache keys
 READ_AHEAD = 256  # pictures decoded before the first of them is used
@@ -58,6 +62,8 @@ def read_image(path, size):
 
     Raises ValueError or OSError where it cannot be decoded.
     """
+    if Path(path).suffix.lower() in HEIC_ENDINGS:
+        return resize_image(read_heic(path), size)
     data = np.fromfile(path, dtype=np.uint8)  # not cv2.imread, which on Windows fails for names beyond ASCII
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
@@ -66,6 +72,20 @@ def read_image(path, size):
     if image is None:
         raise ValueError("empty, truncated or not a picture")
     return resize_image(image, size)
+
+
+def read_heic(path):
+    """A picture as telephones make them, (h, w, 3) uint8, upright. Raises ValueError or OSError where it cannot be decoded."""
+    try:
+        import pillow_heif  # only here: OpenCV does not read these, and few have the library
+    except ImportError:
+        raise ValueError("HEIC pictures need pillow-heif: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
+    try:
+        with Image.open(path) as picture:
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
 
 
 def read_images(paths, size, num_workers=0):
@@ -78,8 +98,13 @@ def read_images(paths, size, num_workers=0):
             return None, f"{path}: {error}"
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        for start in range(0, len(paths), READ_AHEAD):
-            yield from pool.map(read, paths[start : start + READ_AHEAD])
+        ahead = deque()
+        for path in paths:
+            ahead.append(pool.submit(read, path))
+            if len(ahead) == READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 class DecodedImages:

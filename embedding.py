@@ -1,5 +1,6 @@
 """Pictures and captions to features of the towers, and those to embeddings."""
 
+from collections import deque
 from itertools import islice
 from pathlib import Path
 
@@ -27,22 +28,47 @@ def open_model(run, device, precision):
 
 
 @torch.no_grad()
-def image_features(model, pictures, device, dtype, total):
-    """The image tower's features of pictures: an iterable of about `total` uint8 arrays from `dataset`, of which the
-    middle square is taken, or of activations of the tower's trunk.
+def image_feature_batches(model, pictures, device, dtype, total):
+    """Yields the image tower's features of pictures, (n, d_i), fp32, on the CPU, a batch at a time.
 
-    Returns (n, d_i), fp32, on the CPU; n is 0 where there are no pictures.
+    pictures: an iterable of about `total` uint8 arrays from `dataset`, of which the middle square is taken, or of activations
+    of the tower's trunk.
     """
     model.eval()
-    encoder, features, pictures = model.image_encoder, [torch.empty(0, model.image_encoder.width)], iter(pictures)
+    encoder, pictures = model.image_encoder, iter(pictures)
     with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
         while batch := list(islice(pictures, IMAGE_BATCH)):
             activations = torch.is_tensor(batch[0])
             image = torch.stack(batch) if activations else as_batch([center_crop(picture, encoder.size) for picture in batch])
             with autocast(device, dtype):
-                features.append(encoder(image.to(device)).float().cpu())
+                features = encoder(image.to(device)).float().cpu()
             progress.update(len(batch))
-    return torch.cat(features)
+            yield features
+
+
+def image_features(model, pictures, device, dtype, total):
+    """All that `image_feature_batches` yields, (n, d_i); n is 0 where there are no pictures."""
+    batches = image_feature_batches(model, pictures, device, dtype, total)
+    return torch.cat([torch.empty(0, model.image_encoder.width), *batches])
+
+
+def file_embeddings(model, paths, device, dtype, num_workers=0):
+    """Yields (position, embedding) of picture files as they come: (d_e,) of length 1, or None where one cannot be read."""
+    good, bad = deque(), deque()
+
+    def pictures():
+        for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
+            (bad if problem else good).append(position)
+            if not problem:
+                yield picture
+
+    for I_f in image_feature_batches(model, pictures(), device, dtype, len(paths)):
+        for embedding in project(model.image_projection, I_f, device):
+            yield good.popleft(), embedding
+        while bad:
+            yield bad.popleft(), None
+    for position in bad:
+        yield position, None
 
 
 def file_features(model, paths, device, dtype, num_workers=0, skip_bad=False):

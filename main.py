@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import gradient_cache
 from captions import load_captions, load_generated
+from card import write_card
 from checkpoint import best_rsum, load_last, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
 from config import SHAPES, fill_in, generated_a_batch, is_openai, parse_config
@@ -292,7 +293,9 @@ def train(config):
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
     said = f"best epoch {best['epoch']}" if best["rsum"] > start_rsum else "best before fine-tuning, the heads alone"
     print(f"\n{said}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
-    print(recall_table(score(model, I_f, T_f, validation.image_of_text, device)))
+    scores = score(model, I_f, T_f, validation.image_of_text, device)
+    print(recall_table(scores))
+    write_card(run_dir, config, model, splits, scores)
     return model
 
 

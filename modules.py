@@ -178,7 +178,7 @@ class TextEncoder(nn.Module):
             return hidden[:, 0]
         if self.pooling == "last":
             last = attention_mask.sum(dim=1) - 1  # (n,)
-            return hidden[torch.arange(len(hidden), device=hidden.device), last]
+            return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
 

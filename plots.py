@@ -4,6 +4,7 @@ import os
 import sys
 import textwrap
 
+import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
@@ -111,6 +112,14 @@ def draw_grid(query, pictures, titles, path, show=False):
         chosen = slice(row * columns, (row + 1) * columns)
         draw_row(axes[row], pictures[chosen], titles[chosen])
     save(figure, path, show)
+
+
+def overlay(picture, heat):
+    """A heat map, (s, s) of 0 to 1, over a picture, (h, w, 3) uint8: warm where it is high, the picture in grey elsewhere."""
+    heat = cv2.resize(heat.astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
+    grey = 0.6 * picture.mean(axis=2, keepdims=True) + 0.4 * picture
+    warm = 255 * matplotlib.colormaps["inferno"](heat[..., 0])[..., :3]
+    return (grey * (1 - 0.6 * heat) + warm * 0.6 * heat).round().astype(np.uint8)
 
 
 def draw_matches(searches, path):

@@ -19,6 +19,7 @@ import index
 from config import parse_flags
 from storage import run_command
 
+import numpy as np  # isort: skip
 import torch  # isort: skip
 
 INNER_DIMENSIONS, NOISE = 32, 0.3
@@ -45,12 +46,13 @@ def measure(pictures: int = 1_000_000, width: int = 256, queries: int = 200, n: 
 
     generator = torch.Generator().manual_seed(1)
     gallery, texts = draw(pictures, width, generator), draw(queries, width, generator)
+    ids = np.arange(pictures)
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
-        graph = index.open_index(Path(folder) / "gallery.faiss", gallery)
+        graph = index.open_graph(Path(folder) / "gallery.faiss", ids, gallery)
         built = time.perf_counter() - started
         started = time.perf_counter()
-        graph = index.open_index(Path(folder) / "gallery.faiss", gallery)
+        graph = index.open_graph(Path(folder) / "gallery.faiss", ids, gallery)
         read = time.perf_counter() - started
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)

@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import run_script
 from PIL import Image
 
 import clip
+import gallery
 import inference
-from device import pick_device, pick_dtype
+from captions import load_captions
+from explain import occlusion_map
 from storage import UserError
 
 
@@ -35,7 +39,7 @@ def test_match_writes_scores_and_a_picture(run, tmp_path, evaluate_here):
         evaluate_here(*flags, "--choices", "25")
 
 
-def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_path):
+def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_path, evaluate_here):
     shutil.copytree(sample, tmp_path / "data")
     for path in (tmp_path / "data").glob("*Images.txt"):
         path.unlink()
@@ -43,8 +47,8 @@ def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_
     lines = (sample / "captions.txt").read_text().splitlines()
     kept = [lines[0], *(line for line in lines[1:] if line.split(",")[0] in names)]
     (tmp_path / "data" / "captions.txt").write_text("\n".join(kept))
-    run_script("evaluate.py", "retrieval", "--run", run, "--data-dir", tmp_path / "data", "--split", "all",
-               "--json", tmp_path / "scores.json")  # fmt: skip
+    flags = ["--run", run, "--data-dir", tmp_path / "data", "--split", "all", "--json", tmp_path / "scores.json"]
+    evaluate_here("retrieval", *flags)
     assert json.loads((tmp_path / "scores.json").read_text())["images"] == 10
 
 
@@ -77,53 +81,91 @@ def test_find_matches_ranks_by_cosine_and_gives_what_there_is(run):
         inference.find_matches(model, embeddings, "  ", names)
 
 
-def test_gallery_is_embedded_once_notices_changes_and_skips_broken_files(run, sample, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "pictures" / "deeper"
-    folder.mkdir(parents=True)
-    for path in sorted((sample / "Images").iterdir())[:6]:
-        shutil.copy(path, folder)
-    (folder / "broken.jpg").write_text("no picture")
-    model, preprocess = clip.load(run, device="cpu")
-    device = pick_device("cpu")
-    dtype = pick_dtype("fp32", device)
-
-    def embed():
-        gallery = inference.gallery(run, tmp_path / "pictures")
-        return inference.embed_gallery(model, gallery, tmp_path / "cache", device, dtype)[:2]
-
-    paths, embeddings = embed()
-    assert len(paths) == len(embeddings) == 6 and "left out 1" in capsys.readouterr().out
-    with torch.no_grad():
-        pixels = torch.stack([preprocess(Image.open(path)) for path in paths])
-        expected = torch.nn.functional.normalize(model.encode_image(pixels), dim=1)
-    torch.testing.assert_close(embeddings, expected, atol=1e-4, rtol=1e-4)
-    computed = []
-    original = inference.file_features
-    monkeypatch.setattr(inference, "file_features", lambda *a, **k: computed.append(1) or original(*a, **k))
-    assert torch.equal(embed()[1], embeddings) and not computed
-    (folder / "broken.jpg").unlink()
-    assert len(embed()[0]) == 6 and computed
+def search(*flags):
+    inference.parse_flags(inference.search, "inference.py", None, list(map(str, flags)))
 
 
-def test_a_large_gallery_is_searched_through_an_index_that_stays(run, sample, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(inference, "FROM", 100)  # the sample has 144 pictures
+def test_large_galleries_are_searched_through_a_graph_that_stays(run, sample, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gallery, "FROM", 100)  # the sample has 144 pictures
 
     def matches(*more):
         flags = ["a red circle", "--run", run, "--images", sample, "--cache-dir", tmp_path, "--output", tmp_path / "m.png"]
-        flags += ["--json", tmp_path / "matches.json", *more]
-        inference.parse_flags(inference.search, "inference.py", None, list(map(str, flags)))
+        search(*flags, "--json", tmp_path / "matches.json", *more)
         found = json.loads((tmp_path / "matches.json").read_text())["matches"]
         return [match["filename"] for match in found], [match["score"] for match in found]
 
     names, scores = matches("--exact")
-    assert "building" not in capsys.readouterr().out
+    assert "graph" not in capsys.readouterr().out
     for built in (True, False):
         found = matches()
         assert found[0] == names and found[1] == pytest.approx(scores, abs=1e-5)
-        assert ("building" in capsys.readouterr().out) == built
-    [index] = tmp_path.glob("*.faiss")
-    index.write_bytes(index.read_bytes()[:1000])
-    assert matches()[0] == names and "building" in capsys.readouterr().out
+        assert ("adding 144 pictures to the search graph" in capsys.readouterr().out) == built
+
+
+def test_several_texts_are_added_and_taken_away(run):
+    model, _ = clip.load(run, device="cpu")
+    a, b, c = inference.embed_texts(model, ["a red circle", "a star", "a large ring"])
+    expected = torch.nn.functional.normalize(2 * a + 0.5 * b - 3 * c, dim=0)
+    found = inference.embed_query(model, ["a red circle", "a star"], ["a large ring"], [2, 0.5, 3])
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(inference.embed_query(model, ["a star"]), b)
+    with pytest.raises(UserError, match="cancel out"):
+        inference.embed_query(model, ["a star"], ["a star"])
+    with pytest.raises(UserError, match="--weights: 1 numbers for 1 texts and 1"):
+        inference.embed_query(model, ["a star"], ["a ring"], [1])
+
+
+def test_a_picture_finds_itself_its_captions_and_its_class(run, sample, tmp_path, capsys):
+    picture = sorted((sample / "Images").iterdir())[0]
+    flags = ["--image", picture, "--run", run, "--cache-dir", tmp_path, "--json", tmp_path / "found.json"]
+    search(*flags, "--images", sample, "--n", "3", "--output", tmp_path / "grid.png")
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["image"] == str(picture) and Path(found["matches"][0]["filename"]) == picture.resolve()
+    assert found["matches"][0]["score"] == pytest.approx(1, abs=1e-2) and len(found["matches"]) == 3
+    captions = set(load_captions(sample)[0]["caption"])
+    assert len(found["captions"]) == 5 and all(row["caption"] in captions for row in found["captions"])
+    assert Image.open(tmp_path / "grid.png").width > 300
+
+    search(*flags, "--classify", "a red circle", "a blue star", "a ring")
+    classes = json.loads((tmp_path / "found.json").read_text())["classes"]
+    model, preprocess = clip.load(run, device="cpu")
+    with torch.no_grad():
+        names = ["a red circle", "a blue star", "a ring"]
+        logits, _ = model(preprocess(Image.open(picture))[None], clip.tokenize(names))
+    expected = dict(zip(names, logits[0].softmax(dim=0).tolist()))
+    assert {row["name"]: row["probability"] for row in classes} == pytest.approx(expected, abs=0.02)
+    assert [row["probability"] for row in classes] == sorted(expected.values(), reverse=True) or len(classes) == 3
+
+
+def test_a_file_of_queries_is_answered_line_by_line(run, tmp_path):
+    (tmp_path / "queries.txt").write_text("a red circle\n\na blue star\n")
+    search(
+        "--query-file", tmp_path / "queries.txt", "--run", run, "--n", "2", "--cache-dir", tmp_path, "--json", tmp_path / "f"
+    )
+    found = json.loads((tmp_path / "f").read_text())["queries"]
+    assert [row["query"] for row in found] == ["a red circle", "a blue star"]
+    assert all(len(row["matches"]) == 2 for row in found)
+
+
+def test_an_explanation_points_at_what_the_score_hangs_on():
+    class Bright(torch.nn.Module):
+        """Its feature is how bright the lower right quarter is, beside a constant."""
+
+        def image_features(self, image):
+            return torch.stack([image[:, :, 32:, 32:].float().mean(dim=(1, 2, 3)), torch.full((len(image),), 50.0)], dim=1)
+
+    model = Bright()
+    model.image_projection = torch.nn.Identity()
+    picture = np.zeros((64, 64, 3), np.uint8)
+    picture[40:56, 40:56] = 255
+    heat = occlusion_map(model, picture, torch.tensor([1.0, 0.0]), torch.device("cpu"), torch.float32)
+    assert heat.shape == (64, 64) and heat.max() == 1
+    assert heat[44:52, 44:52].min() > 0.5 and heat[:24, :24].max() == 0
+
+
+def test_explained_matches_are_drawn(run, tmp_path):
+    search("a red circle", "--explain", "--run", run, "--n", "2", "--cache-dir", tmp_path, "--output", tmp_path / "grid.png")
+    assert Image.open(tmp_path / "grid.png").width > 300
 
 
 BAD_SEARCHES = {
@@ -132,6 +174,13 @@ BAD_SEARCHES = {
     "no folder": (["a dog", "--run", "RUN", "--images", "nowhere"], "--images nowhere"),
     "no pictures": (["a dog", "--run", "RUN", "--images", "EMPTY"], "no pictures"),
     "n of 0": (["a dog", "--run", "RUN", "--n", "0"], "--n 0"),
+    "endless query": (["a dog " * 2000, "--run", "RUN"], "the query has 12,000 characters"),
+    "nothing asked": (["--run", "RUN"], "say what to look for"),
+    "two things asked": (["a dog", "--image", "x.png", "--run", "RUN"], "say what to look for"),
+    "no picture to classify": (["a dog", "--classify", "a", "b", "--run", "RUN"], "--classify: needs the picture"),
+    "no such picture": (["--image", "nowhere.png", "--run", "RUN"], "--image nowhere.png: no such file"),
+    "weights of no query": (["--image", "x.png", "--minus", "a", "--run", "RUN"], "--minus, --weights and --explain"),
+    "no such file of queries": (["--query-file", "nowhere.txt", "--run", "RUN"], "nowhere.txt: no such file"),
 }
 
 
@@ -145,10 +194,10 @@ def test_bad_searches_are_named(run, tmp_path, monkeypatch, capsys, problem):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_evaluate_names_an_unknown_task_and_an_absent_split(run, sample, tmp_path):
+def test_evaluate_names_an_unknown_task_and_an_absent_split(run, sample, tmp_path, evaluate_here):
     process = run_script("evaluate.py", "guess")
     assert process.returncode == 2 and "retrieval" in process.stderr
     (tmp_path / "captions.txt").write_text("image,caption\n00001.png,a red circle\n")
-    process = run_script("evaluate.py", "retrieval", "--run", run, "--captions-path", tmp_path / "captions.txt",
-                         "--image-path", sample / "Images", "--split", "test")  # fmt: skip
-    assert process.returncode == 2 and "--split all" in process.stderr and process.stderr.count("\n") == 1
+    flags = ["--run", run, "--captions-path", tmp_path / "captions.txt", "--image-path", sample / "Images"]
+    with pytest.raises(UserError, match="--split all"):
+        evaluate_here("retrieval", *flags, "--split", "test")

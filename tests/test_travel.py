@@ -1,0 +1,111 @@
+"""Models that leave their machine: as a run folder through a model hub, as ONNX, with a card; and the notebook."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+import clip
+import inference
+from config import PRESETS, fill_in
+from export import export_onnx
+from storage import UserError
+from tokenizer import tokenize
+
+
+def test_a_saved_model_is_a_run_folder_of_its_weights(run, tmp_path):
+    model, _ = clip.load(run, "cpu")
+    with torch.no_grad():
+        model.image_projection.projection.weight.mul_(2)
+    model.save_pretrained(tmp_path / "saved")
+    names = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "history.csv", "curves.png"}
+    assert {path.name for path in (tmp_path / "saved").iterdir()} == names
+    for loaded in (clip.load(tmp_path / "saved", "cpu")[0], clip.CLIPModel.from_pretrained(tmp_path / "saved")):
+        assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_pushed_model_is_fetched_by_its_name(run, tmp_path, monkeypatch):
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        for path in allow_patterns:
+            shutil.copy(run / path, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(clip.huggingface_hub, "snapshot_download", snapshot_download)
+    model, _ = clip.load("somebody/shapes", "cpu")
+    assert asked == ["somebody/shapes"]
+    own, _ = clip.load(run, "cpu")
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in own.state_dict().items())
+
+
+def test_a_name_that_no_hub_has_is_refused_with_the_list(capsys):
+    with pytest.raises(UserError, match="somebody/nothing: neither a run folder nor the name of a model; there are .*RN50"):
+        clip.load("somebody/nothing")
+
+
+def test_only_a_run_can_be_saved(run, tmp_path):
+    model, _ = clip.load(run, "cpu")
+    model.run_dir = None
+    with pytest.raises(UserError, match="only a model that clip.load found in a run folder"):
+        model.save_pretrained(tmp_path / "saved")
+
+
+def test_the_card_says_what_the_run_is(run):
+    card = (run / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\n") and "{" not in card
+    for said in ("96 training images with 480 captions", "24 validation images", "`test_resnet`", "`distilbert`", "seed 0"):
+        assert said in card
+    best = max((run / "history.csv").read_text().splitlines()[1:], key=lambda line: float(line.split(",")[-2]))
+    assert f"| {float(best.split(',')[5]):.1f} |" in card
+
+
+def check_onnx(model, folder):
+    """The files in a folder give the model's embeddings, for other numbers and lengths than those that it was traced with."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    image = torch.randint(256, (5, 3, model.image_encoder.size, model.image_encoder.size)).float()
+    ids, mask = tokenize(model.tokenizer, ["a red circle", "a large blue star left of a small ring", "a"])
+    given = {"image": {"image": image}, "text": {"input_ids": ids, "attention_mask": mask}}
+    with torch.no_grad():
+        expected = {"image": model.encode_image(image), "text": model.encode_text(ids, mask)}
+    for name, inputs in given.items():
+        session = onnxruntime.InferenceSession(folder / "onnx" / f"{name}.onnx")
+        [found] = session.run(None, {key: value.numpy() for key, value in inputs.items()})
+        np.testing.assert_allclose(found, torch.nn.functional.normalize(expected[name], dim=1).numpy(), atol=1e-4)
+
+
+def test_onnx_files_give_the_same_embeddings(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    inference.parse_flags(inference.search, "inference.py", None, ["--export", "onnx", "--run", str(tmp_path / "run")])
+    check_onnx(clip.load(run, "cpu")[0], tmp_path / "run")
+
+
+@pytest.mark.parametrize("preset", ["gpt2", "paper", "mixer"])
+def test_every_preset_of_the_sample_becomes_onnx_files(preset, tmp_path):
+    captions = ["a red circle", "a large blue star left of a small ring", "a"] * 20
+    model = clip.create_model(fill_in(replace(PRESETS[preset], data_dir=str(tmp_path))), captions).eval()
+    export_onnx(model, tmp_path)
+    check_onnx(model, tmp_path)
+
+
+def test_the_notebook_runs_and_is_kept_without_its_outputs(tmp_path, sample, monkeypatch):
+    nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+    notebook = nbformat.read(ROOT / "notebook.ipynb", as_version=4)
+    assert all(cell.get("outputs", []) == [] and cell.get("execution_count") is None for cell in notebook.cells)
+    assert len(notebook.cells) <= 20
+    shutil.copytree(sample, tmp_path / "Datasets" / "shapes")
+    monkeypatch.setenv("EPOCHS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for cell in notebook.cells:  # the small sample has fewer images than the preset's batch
+        cell.source = cell.source.replace("replace(PRESETS[preset],", "replace(PRESETS[preset], batch_size=32,")
+    nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    pictures = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 4
+    assert json.dumps(notebook.cells[-1].outputs).count("a red circle") >= 1
