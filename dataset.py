@@ -306,7 +306,8 @@ def collate(pairs, pad_id):
 
 def train_loader(dataset, sampler, pad_id, num_workers=0, pin_memory=False):
     """A DataLoader of the sampler's batches, as `collate` makes them."""
-    workers = 0 if torch.is_tensor(dataset.images) else num_workers  # features are fetched faster than they are sent
+    # Features are fetched faster than they are sent; more workers than cores only wait for each other.
+    workers = 0 if torch.is_tensor(dataset.images) else min(num_workers, os.cpu_count() or 1)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
