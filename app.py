@@ -11,13 +11,13 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # else it asks the n
 
 import gradio as gr
 import pandas as pd
-import torch
 
 from config import parse_flags
 from dataset import read_image
 from embedding import open_model
 from gallery import open_gallery
 from inference import (
+    SHOWN_CAPTIONS,
     best_matches,
     classify_embedding,
     embed_captions,
@@ -29,7 +29,6 @@ from inference import (
 from storage import UserError, run_command
 
 SHOWN, SHOWN_PIXELS = 12, 320  # matches, and their shorter side
-SHOWN_CAPTIONS = 5
 MOST_CLASSES = 50
 LARGEST_UPLOAD = "20mb"
 CURVES = {
@@ -171,11 +170,7 @@ def serve(
     model, device, dtype = open_model(run, device, precision)
     files = files_to_search(run, images)
     gallery = open_gallery(model, files, images or None, cache_dir, device, dtype, num_workers)
-    try:
-        captions, caption_embeddings = embed_captions(model, run, cache_dir, device, dtype)
-    except UserError as error:
-        print(f"no captions for pictures: {error}")
-        captions, caption_embeddings = [], torch.empty(0, gallery.embeddings.shape[1])
+    captions, caption_embeddings = embed_captions(model, run, cache_dir, device, dtype)
     history = Path(run) / "history.csv"
     history = pd.read_csv(history) if history.exists() else None
     page = build_page(run, model, gallery, captions, caption_embeddings, history, device, dtype)

@@ -56,8 +56,8 @@ class CLIPModel(nn.Module, ModelHubMixin):
         """What huggingface_hub's save_pretrained and push_to_hub write: a run folder with the weights as they are now."""
         if self.run_dir is None:
             raise UserError("only a model that clip.load found in a run folder can be saved as one; train it with main.py")
-        for name in (name for name in TRAVELLING if Path(self.run_dir, name).exists()):
-            if not (Path(save_directory) / name).exists() or Path(save_directory).resolve() != Path(self.run_dir).resolve():
+        if Path(save_directory).resolve() != Path(self.run_dir).resolve():
+            for name in (name for name in TRAVELLING if Path(self.run_dir, name).exists()):
                 shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
         save_weights(self, save_directory)
 

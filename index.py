@@ -15,16 +15,18 @@ class Graph:
     """An HNSW graph over embeddings, (N, d_e) of length 1, whose ids, (N,) int64, name them in the file."""
 
     def __init__(self, index, ids):
+        import faiss
+
         self.index, self.order = index, np.argsort(ids)
         self.ids = ids[self.order]
+        # Pictures that are gone stay in the graph as ways to others, but are no answers.
+        self.alive = faiss.IDSelectorBatch(self.ids) if index.ntotal > len(ids) else None
 
     def nearest(self, embedding, n):
         """As `nearest`."""
         import faiss
 
-        # Pictures that are gone stay in the graph as ways to others, but are no answers.
-        alive = faiss.IDSelectorBatch(self.ids) if self.index.ntotal > len(self.ids) else None
-        effort = faiss.SearchParametersHNSW(efSearch=max(SEARCH_EFFORT, n), sel=alive)
+        effort = faiss.SearchParametersHNSW(efSearch=max(SEARCH_EFFORT, n), sel=self.alive)
         scores, found = self.index.search(embedding.numpy()[None], min(n, len(self.ids)), params=effort)
         kept = found[0] >= 0  # faiss fills up with -1 where the graph led to fewer
         positions = self.order[np.searchsorted(self.ids, found[0][kept])]

@@ -112,10 +112,17 @@ def files_to_search(run, images):
 
 
 def embed_captions(model, run, cache_dir, device, dtype):
-    """(captions, embeddings) of a run's data set: m strings, each once, and (m, d_e) of length 1, kept on disk."""
-    captions = list(read_data(run)[0]["caption"].unique())
-    key = key_of(key_of_weights(model), dtype, captions)
-    shape = (len(captions), model.text_projection.projection.out_features)
+    """(captions, embeddings) of a run's data set: m strings, each once, and (m, d_e) of length 1, kept on disk.
+
+    Where the data set is gone there are none, and a line says so.
+    """
+    width = model.text_projection.projection.out_features
+    try:
+        captions = list(read_data(run)[0]["caption"].unique())
+    except UserError as error:
+        print(f"no captions for pictures: {error}")
+        return [], torch.empty(0, width)
+    key, shape = key_of(key_of_weights(model), dtype, captions), (len(captions), width)
 
     def compute():
         T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
@@ -228,11 +235,7 @@ def search(
         matches = look_up(embedding)
         print_matches(matches)
         if image:
-            try:
-                captions, embeddings = embed_captions(model, run, cache_dir, device, dtype)
-            except UserError as error:
-                print(f"no captions for it: {error}")
-                captions, embeddings = [], torch.empty(0, len(embedding))
+            captions, embeddings = embed_captions(model, run, cache_dir, device, dtype)
             captioned = best_matches(embeddings, embedding, captions, SHOWN_CAPTIONS)
             print(f"its best captions among {len(captions):,}:")
             print_matches(captioned)

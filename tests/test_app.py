@@ -13,6 +13,7 @@ from conftest import ROOT
 from PIL import Image
 
 import app
+import inference
 from embedding import open_model
 from gallery import open_gallery
 from inference import embed_captions, files_to_search
@@ -99,7 +100,7 @@ def test_a_picture_finds_its_captions_and_its_like(page, sample):
     page.get_by_role("tab", name="A picture").click()
     drop(page, sorted((sample / "Images").iterdir())[0])
     wait_for_pictures(page, app.SHOWN)
-    assert page.locator("[role=tabpanel]:visible td:nth-child(2)").count() == app.SHOWN_CAPTIONS
+    assert page.locator("[role=tabpanel]:visible td:nth-child(2)").count() == inference.SHOWN_CAPTIONS
     page.screenshot(path=SCREENSHOTS / "picture.png")
 
 
