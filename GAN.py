@@ -31,7 +31,7 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from captions import load_captions
-from checkpoint import move_aside, write_history
+from checkpoint import has_checkpoint, load_newest, move_aside, only_run_in, write_checkpoint, write_history
 from config import load_run
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k
@@ -193,7 +193,7 @@ def train(config, preset):
     history = []
     if config.resume:
         check_tower(config, key)
-        history = load_state(run_dir / "last.pt", parts)
+        history = load_state(run_dir, parts)
         print(f"going on after epoch {len(history)}")
     else:
         move_aside(run_dir, "gan.json")
@@ -267,24 +267,21 @@ def take_step(optimizer, loss):
 def save_state(run_dir, parts, history):
     """Writes an epoch's end: what resuming needs, the generator's averaged weights, and the history."""
     state = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
-    write_whole(run_dir / "last.pt", lambda temporary: torch.save(state, temporary))
     weights = {name: tensor.contiguous() for name, tensor in parts["average"].module.state_dict().items()}
-    write_whole(run_dir / "generator.safetensors", lambda temporary: safetensors.torch.save_file(weights, temporary))
+    write_whole(run_dir / "generator.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write_history(run_dir / "history.csv", history)
+    write_checkpoint(run_dir, state)
 
 
-def load_state(path, parts):
-    """Undoes `save_state` and returns the history. Raises UserError where the file is missing, damaged or another's."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+def load_state(run_dir, parts):
+    """Undoes `save_state` and returns the history. Raises UserError where the checkpoint is damaged or another's."""
+
+    def take(saved):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         return saved["history"]
-    except FileNotFoundError:
-        return []  # the first epoch had not ended
-    except Exception as error:  # unpickling a damaged file can raise nearly anything
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{path}: damaged, or of other networks ({reason}); start anew without --resume") from None
+
+    return load_newest(run_dir, take) if has_checkpoint(run_dir) else []  # the first epoch had not ended
 
 
 def check_tower(config, key):
@@ -341,7 +338,11 @@ def write_pairs(config, preset):
 def main():
     config, preset = parse_config(sys.argv[1:])
     try:
-        (write_pairs if config.generate else train)(config, preset)
+        if config.generate:
+            write_pairs(config, preset)
+        else:
+            with only_run_in(config.run_dir):
+                train(config, preset)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"--resume --run-dir {config.run_dir} goes on after the last whole epoch") from None
 

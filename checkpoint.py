@@ -1,10 +1,14 @@
-"""A run folder while it is trained: begun, saved after each epoch, and gone on with."""
+"""A run folder while it is trained: one process's own, begun, saved, and gone on with."""
 
+import contextlib
 import csv
+import hashlib
 import os
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
+import numpy as np
 import pandas as pd
 import torch
 
@@ -12,38 +16,137 @@ from clip import describe_towers
 from config import save_run
 from storage import UserError, write_whole
 
+LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
+SEAL = hashlib.sha256().digest_size  # bytes at the end of a checkpoint: the digest of all before
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(run_dir, state):
+    """Writes tensors and plain values as the newest checkpoint of a folder, sealed with their SHA-256.
+
+    Whatever happens meanwhile, the folder holds a whole one.
+    """
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # so torch reports a full disk; what Python said of it is the context
+                raise error.__context__ or error from None
+        digest = hashlib.sha256(np.memmap(temporary, mode="r")).digest()
+        with open(temporary, "ab") as file:
+            file.write(digest)
+
+    write_whole(run_dir / LAST, write, keep=run_dir / PREVIOUS)
+
+
+def read_checkpoint(path):
+    """Undoes `write_checkpoint`. Raises ValueError where a byte has changed; nothing but tensors and plain values is read."""
+    sealed = np.memmap(path, mode="r")
+    if hashlib.sha256(sealed[:-SEAL]).digest() != sealed[-SEAL:].tobytes():
+        raise ValueError("its checksum does not fit")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def has_checkpoint(run_dir):
+    return any((run_dir / name).exists() for name in (LAST, PREVIOUS))
+
+
+def load_newest(run_dir, take, fall_back=False):
+    """What take(state) returns of a folder's newest checkpoint.
+
+    fall_back: where that is damaged, the one before is taken.
+    Raises UserError where there is a damaged one, or one of another model, and names the one before.
+    """
+    found = [run_dir / name for name in (LAST, PREVIOUS) if (run_dir / name).exists()]
+    for path in found:
+        try:
+            return take(read_checkpoint(path))
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can raise nearly anything
+            reason = str(error).strip().split("\n")[0][:120]
+            damaged = f"{path}: damaged, or of other networks or data ({reason})"
+        if path == found[-1]:
+            raise UserError(f"{damaged}; start the run anew")
+        if not fall_back:
+            raise UserError(f"{damaged}; {found[-1]} is the one before: rename it to {LAST}, and --resume goes on from there")
+        print(f"{damaged}; going on from {found[-1]}")
+
 
 def frozen_prefixes(config):
     return tuple(f"{tower}_encoder." for tower in ("image", "text") if config.freeze in (tower, "both"))
 
 
-def save_last(path, model, optimizer, scaler, history, config, joint=None):
+def save_last(run_dir, model, optimizer, scaler, history, losses, data, config, joint=None):
     """What resuming needs: all that training changes. A frozen tower comes from where it came from before.
 
+    Random states need no saving, as each step begins with its own seed, nor does the schedule, a function of the step.
+
+    losses: of the steps of an epoch that has not ended. data: a key of the captions and pictures.
     joint: the `joint.Joint` of a run that has one.
+    Raises UserError where a weight is not finite; the checkpoint before stays.
     """
     state = {name: value for name, value in model.state_dict().items() if not name.startswith(frozen_prefixes(config))}
+    broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
+    if broken:
+        raise UserError(f"{run_dir}: {broken} is not finite; the last good checkpoint is kept, --resume with lower rates")
     state = {"model": state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
+    state |= {"losses": losses, "batch_size": config.batch_size, "data": data}
     if joint:
         state["joint"] = joint.state_dict()
-    write_whole(path, lambda temporary: torch.save(state, temporary))
+    write_checkpoint(run_dir, state)
 
 
-def load_last(path, model, optimizer, scaler, config, joint=None):
-    """Undoes `save_last` and returns the history. Raises UserError where the file is damaged or of another model."""
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+def load_last(run_dir, model, optimizer, scaler, data, config, joint=None):
+    """Undoes `save_last` and returns (history, losses). Raises UserError where that is damaged or of another run."""
+
+    def take(saved):
         missing, unexpected = model.load_state_dict(saved["model"], strict=False)
         if unexpected or any(not name.startswith(frozen_prefixes(config)) for name in missing):
             raise ValueError(f"{len(missing) + len(unexpected)} tensors differ")
+        if saved["data"] != data:
+            raise UserError(f"{run_dir}: its captions or pictures were others; put them back, or start the run anew")
+        if len(saved["losses"]) and saved["batch_size"] != config.batch_size:
+            raise UserError(
+                f"--batch-size {config.batch_size}: {run_dir} stopped within an epoch of batches of {saved['batch_size']}; "
+                "change it once that has ended"
+            )
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
         if joint:
             joint.load_state_dict(saved["joint"])
-        return saved["history"]
-    except Exception as error:  # unpickling a damaged file can raise nearly anything
-        reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{path}: damaged, or of a run with other towers or data ({reason}); start the run anew") from None
+        return saved["history"], saved["losses"]
+
+    return load_newest(run_dir, take, config.resume == "auto")
+
+
+# ---- the rest of the folder --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_run_in(run_dir):
+    """Keeps a run folder to this process; the system takes the lock away with the process, however that ends.
+
+    Raises UserError where another process has it, or the folder beside which the lock lies may not be written.
+    """
+    run_dir = Path(run_dir)
+    lock = filelock.FileLock(run_dir.with_name(f".{run_dir.name}.lock"), timeout=0)
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{run_dir}: another run is training there; wait for its end, or name another --run-dir") from None
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None
+    try:
+        for unfinished in run_dir.glob("*.tmp"):  # of a process that was killed
+            unfinished.unlink()
+        yield
+    finally:
+        lock.release()
 
 
 def write_history(path, history):
@@ -82,6 +185,6 @@ def start_run(config, model, skipped):
         if skipped:
             (run_dir / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
         model.tokenizer.save(str(run_dir / "tokenizer.json"))
-        save_run(run_dir, replace(config, resume=False), describe_towers(model))
+        save_run(run_dir, replace(config, resume="no"), describe_towers(model))
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None

@@ -171,7 +171,8 @@ def describe_towers(model):
 
 def save_weights(model, run_dir):
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_whole(Path(run_dir) / "model.safetensors", lambda path: safetensors.torch.save_file(state, path))
+    contents = safetensors.torch.save(state)  # its own writing of files reports a full disk in its own way
+    write_whole(Path(run_dir) / "model.safetensors", lambda path: path.write_bytes(contents))
 
 
 def load_weights(model, run_dir):

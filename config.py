@@ -3,12 +3,13 @@
 import dataclasses
 import json
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import tyro
 
-from storage import UserError
+from storage import UserError, write_json
 
 RUN_FORMAT = 1  # of a run folder's config.json; a folder of another format is refused
 
@@ -78,7 +79,9 @@ class Config:
     compile: bool = False  # torch.compile the towers: a minute or two at the start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
-    resume: bool = False  # go on from the last checkpoint of run_dir, with its settings unless flags say otherwise
+    resume: Literal["no", "yes", "auto"] = "no"  # go on from run_dir's checkpoint; auto: if it has one, even the one before
+    save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
+    deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
 
 
 OPENAI = {  # OpenAI's name: (timm's name of the image tower, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
@@ -189,14 +192,18 @@ def parse_config(arguments, default_preset):
     preset = arguments[0] if named else default_preset
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-    flags = arguments[1:] if named else arguments
+    flags = []
+    for word, following in pairwise([*arguments[named:], "--"]):
+        flags += [word, "yes"] if word == "--resume" and following.startswith("--") else [word]
 
     def parse(default):
         return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]", description=DESCRIPTION)
 
     config = parse(PRESETS[preset])
-    if config.resume:
+    if config.resume == "yes" or config.resume == "auto" and (Path(config.run_dir) / "config.json").exists():
         config = parse(replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
+    elif config.resume == "auto":
+        config = replace(config, resume="no")
     config = fill_in(config)
     check(config)
     return config, preset
@@ -243,6 +250,7 @@ def check(config):
         "weight_decay",
         "patience",
         "seed",
+        "save_every",
         "gan_weight",
     ]:
         if getattr(config, name) < 0:
@@ -288,8 +296,7 @@ def check(config):
 
 def save_run(run_dir, config, towers):
     """Writes run_dir/config.json: the settings, and what rebuilding the towers takes."""
-    text = json.dumps({"format": RUN_FORMAT, "config": dataclasses.asdict(config), "towers": towers}, indent=2)
-    (Path(run_dir) / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_json(Path(run_dir) / "config.json", {"format": RUN_FORMAT, "config": dataclasses.asdict(config), "towers": towers})
 
 
 def load_run(run_dir):
@@ -299,7 +306,7 @@ def load_run(run_dir):
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != RUN_FORMAT:
             raise UserError(f"{path}: format {saved['format']}, but this version reads {RUN_FORMAT}; train it again")
-        return {"config": Config(**saved["config"]), "towers": saved["towers"]}
+        return {"config": Config(**saved["config"] | {"resume": "no"}), "towers": saved["towers"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

@@ -51,10 +51,10 @@ def convolve(conv, batch_norm, x):
     return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
 
 
-def normalise(batch_norm, plain, x):
+def normalise(batch_norm, x):
     """What is left for a BatchNorm once `convolve` has taken it in: nothing, or timm's activation behind it."""
     if batch_norm.training:
-        return plain(x)
+        return type(batch_norm).forward(batch_norm, x)
     return batch_norm.act(batch_norm.drop(x)) if isinstance(batch_norm, BatchNormAct2d) else x
 
 
@@ -87,4 +87,4 @@ def speed_up(tower, size):
             batch_norm = pairs.get(conv)
             conv.forward = partial(convolve, conv, batch_norm)
             if batch_norm is not None:
-                batch_norm.forward = partial(normalise, batch_norm, batch_norm.forward)
+                batch_norm.forward = partial(normalise, batch_norm)

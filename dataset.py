@@ -234,23 +234,26 @@ class PairSampler:
     because a smaller batch would be an easier task. Set `epoch` before each epoch.
 
     micro_batch_size: divides batch_size; each batch then comes in parts of this size, twice in a row, as
-    `gradient_cache.backward` takes them.
+    `gradient_cache.backward` takes them. ranks: (rank, how many there are); each has its own parts of every batch.
 
     sources: for each generated image, which stand last in captions_of, the set of positions of the real images whose
     caption it was made from. A batch has `generated` of them, none beside a real or generated picture of the same caption;
     an epoch is then a pass over the real images.
 
-    Attributes: steps, the batches of an epoch, and parts, the micro-batches of a batch.
+    Attributes: steps, the batches of an epoch, parts, the micro-batches of a batch, own, the positions of this rank's, and
+    start, the first step of an epoch that was begun before.
     """
 
-    def __init__(self, captions_of, batch_size, seed, micro_batch_size=0, sources=(), generated=0):
+    def __init__(self, captions_of, batch_size, seed, micro_batch_size=0, sources=(), generated=0, ranks=(0, 1)):
         self.captions_of, self.batch_size, self.seed, self.epoch = captions_of, batch_size, seed, 0
         self.real, self.sources, self.generated = len(captions_of) - len(sources), sources, generated
-        self.steps = self.real // (batch_size - generated)
-        self.parts = batch_size // (micro_batch_size or batch_size)
+        self.steps, self.start = self.real // (batch_size - generated), 0
+        rank, size = ranks
+        self.parts = max(size, batch_size // (micro_batch_size or batch_size))
+        self.own = np.array_split(range(self.parts), size)[rank]
 
     def __len__(self):
-        return self.steps * (1 if self.parts == 1 else 2 * self.parts)
+        return (self.steps - self.start) * (1 if len(self.own) == 1 else 2 * len(self.own))
 
     def __iter__(self):
         rng = np.random.default_rng([self.seed, self.epoch])
@@ -260,10 +263,10 @@ class PairSampler:
         captions = [rng.choice(self.captions_of[image]) for image in order]
         seeds = rng.integers(2**31, size=len(order)).tolist()
         draws = list(zip(order.tolist(), captions, seeds))
-        size = self.batch_size // self.parts
-        for start in range(0, self.steps * self.batch_size, self.batch_size):
-            parts = [draws[i : i + size] for i in range(start, start + self.batch_size, size)]
-            yield from parts if self.parts == 1 else parts + parts
+        bounds = np.linspace(0, self.batch_size, self.parts + 1).round().astype(int)
+        for start in range(self.start * self.batch_size, self.steps * self.batch_size, self.batch_size):
+            parts = [draws[start + bounds[i] : start + bounds[i + 1]] for i in self.own]
+            yield from parts if len(parts) == 1 else parts + parts
 
     def with_generated(self, order, rng):
         """Real images in order -> images in order of which each batch has its share of generated ones."""

@@ -1,6 +1,7 @@
 """Which device computes, and in which precision."""
 
 import ctypes
+import os
 import sys
 
 import torch
@@ -40,6 +41,13 @@ def pick_dtype(precision, device):
 def autocast(device, dtype):
     """The context in which the towers and heads compute."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def be_deterministic():
+    """Makes torch choose operations that give the same bits in each run on CUDA; those that cannot raise RuntimeError."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # would show reads of it, which nothing here does
+    torch.use_deterministic_algorithms(True)
 
 
 def speed_up_cpu():

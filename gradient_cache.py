@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import distributed
 from device import autocast
 
 
@@ -36,32 +37,43 @@ def embed(model, batch, device, dtype, seed):
     return F.normalize(I_e.float(), dim=1), F.normalize(T_e.float(), dim=1)
 
 
-def backward_in_rows(I_e, T_e, logit_scale, rows, scaler):
-    """`clip.contrastive_loss` of n pairs, and its gradients in .grad, from `rows` rows of the (n, n) logits at a time."""
-    n, total = len(I_e), 0.0
-    labels = torch.arange(n, device=I_e.device)
-    for row in labels.split(rows):
+def loss_and_gradients(I_e, T_e, logit_scale, rows, scaler):
+    """`clip.contrastive_loss` of the n pairs of all ranks, and the gradients of this rank's embeddings, (m, d_e) each.
+
+    Each rank has its own rows of the (n, n) logits, `rows` at a time. Adds its share to logit_scale.grad.
+    """
+    own = len(I_e)
+    start = sum(distributed.counts(own)[: distributed.rank()])
+    I_e, T_e = (distributed.gather(embeddings).requires_grad_() for embeddings in (I_e, T_e))  # (n, d_e)
+    n, total = len(I_e), torch.zeros((), device=I_e.device)
+    for row in torch.arange(start, start + own, device=I_e.device).split(rows):
         loss_i = F.cross_entropy(logit_scale.exp() * I_e[row] @ T_e.T, row, reduction="sum")
         loss_t = F.cross_entropy(logit_scale.exp() * T_e[row] @ I_e.T, row, reduction="sum")
         loss = (loss_i + loss_t) / (2 * n)
         scaler.scale(loss).backward()
         total = total + loss.detach()
-    return total
+    gradients = [distributed.summed(embeddings.grad)[start : start + own] for embeddings in (I_e, T_e)]
+    return distributed.summed(total), *gradients
 
 
-def backward(model, batches, count, device, dtype, scaler):
+def backward(model, batches, seeds, device, dtype, scaler):
     """Adds the gradient of one batch to the model's .grad and returns the loss, ().
 
-    batches: an iterator that gives the batch's `count` micro-batches, each a dict of `dataset.collate`, and then the same
-    again. Both passes draw the same dropout masks. A BatchNorm that is in training mode normalises with the statistics of
-    each micro-batch, in both passes alike, and counts them once.
+    batches: an iterator that gives this rank's micro-batches of the batch, each a dict of `dataset.collate`, and then the same
+    again, unless there is only one. seeds: of the dropout of each. Both passes draw the same dropout masks. A BatchNorm that is
+    in training mode normalises with the statistics of each micro-batch, in both passes alike, and counts them once.
     """
-    seeds = torch.randint(2**31, (count,)).tolist()
-    with torch.no_grad(), still_statistics(model):
-        embedded = [embed(model, next(batches), device, dtype, seed) for seed in seeds]
-    rows = len(embedded[0][0])
-    I_e, T_e = (torch.cat(embeddings).requires_grad_() for embeddings in zip(*embedded))  # (n, d_e)
-    loss = backward_in_rows(I_e, T_e, model.logit_scale, rows, scaler)
-    for seed, *gradients in zip(seeds, I_e.grad.split(rows), T_e.grad.split(rows)):
-        torch.autograd.backward(embed(model, next(batches), device, dtype, seed), gradients)
+    if len(seeds) == 1:
+        embedded = [embed(model, next(batches), device, dtype, seeds[0])]
+    else:
+        with torch.no_grad(), still_statistics(model):
+            embedded = [embed(model, next(batches), device, dtype, seed) for seed in seeds]
+    rows = max(len(I_e) for I_e, _ in embedded)
+    I_e, T_e = (torch.cat(embeddings).detach() for embeddings in zip(*embedded))  # (m, d_e)
+    loss, *gradients = loss_and_gradients(I_e, T_e, model.logit_scale, rows, scaler)
+    if len(seeds) == 1:
+        torch.autograd.backward(embedded[0], gradients)
+    else:
+        for seed, *parts in zip(seeds, *(gradient.split(rows) for gradient in gradients)):
+            torch.autograd.backward(embed(model, next(batches), device, dtype, seed), parts)
     return loss

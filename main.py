@@ -1,11 +1,14 @@
 """Trains CLIP: python main.py [PRESET] [--flags]. What a run leaves in its folder is listed in the README."""
 
+import contextlib
 import math
 import sys
 import textwrap
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,21 +17,23 @@ import torch
 from torch.utils.data import Subset
 from tqdm import tqdm
 
+import distributed
 import gradient_cache
 from captions import load_captions, load_generated
 from card import write_card
-from checkpoint import best_rsum, load_last, save_last, start_run, write_history
+from checkpoint import best_rsum, has_checkpoint, load_last, only_run_in, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
 from config import SHAPES, fill_in, generated_a_batch, is_openai, parse_config
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
-from device import autocast, pick_device, pick_dtype, speed_up_cpu
+from device import autocast, be_deterministic, pick_device, pick_dtype, speed_up_cpu
 from embedding import image_features, project, text_features, token_ids
 from evaluate import positions_of_images, recall_table, score
+from faults import at_sigterm, explain, leave_at_once
 from frozen import freeze_towers
 from joint import Joint
 from plots import draw_curves, draw_grid, draw_matches, draw_similarity
-from storage import UserError, run_command
+from storage import UserError, key_of, run_command
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
 SHOWN_QUERIES, SHOWN_MATCHES, SHOWN_PAIRS = 5, 6, 8  # in matches.png and similarity.png
@@ -126,25 +131,32 @@ def read_pairs(config, table, image_dir, model, generated):
 # ---- the run -----------------------------------------------------------------------------------------------------------
 
 
-def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint=None):
+def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint=None, losses=(), after_step=None):
     """One pass over the training images; returns the mean loss. rates: each step's rate factor.
 
-    joint: a `joint.Joint` to be trained too.
+    joint: a `joint.Joint` to be trained too. losses: of the steps that were taken before. after_step: is called with the
+    losses of all steps after each.
     Raises UserError at a loss that is not finite.
     """
     model.train()
     for tower in (model.image_encoder, model.text_encoder):
         if not any(parameter.requires_grad for parameter in tower.parameters()):
             tower.eval()  # BatchNorm statistics and dropout of a frozen tower stay still
-    losses, batches = [], iter(loader)
-    progress = tqdm(range(sampler.steps), desc=desc, leave=False, disable=None)
+    losses, sampler.start = [loss.to(device) for loss in losses], len(losses)
+    batches = iter(loader)
+    progress = tqdm(range(sampler.start, sampler.steps), desc=desc, leave=False, disable=None)
     for step in progress:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * rates[step]
         optimizer.zero_grad(set_to_none=True)
+        seeds = np.random.default_rng([sampler.seed, sampler.epoch, step]).integers(2**31, size=sampler.parts).tolist()
         if sampler.parts > 1:
-            total = loss = gradient_cache.backward(model, batches, sampler.parts, device, dtype, scaler)
+            own = [seeds[part] for part in sampler.own]
+            total = loss = gradient_cache.backward(model, batches, own, device, dtype, scaler)
+            distributed.sum_gradients(model)
+            distributed.average_statistics(model)
         else:
+            torch.manual_seed(seeds[0])  # the state of dropout then needs no saving
             batch = next(batches).values()
             image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch)
             adversarial = 0.0
@@ -168,18 +180,21 @@ def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates,
                     "--resume and lower rates (--head-lr, --image-encoder-lr, --text-encoder-lr)"
                 )
             progress.set_postfix(loss=f"{recent[:, 0].mean():.3f}")
+        if after_step:
+            after_step(losses)
     return torch.stack(losses)[:, 0].mean().item()
 
 
 def features(model, pairs, device, dtype):
     """(I_f, T_f) of a split, (n, d_i) and (m, d_t); those of towers that train are computed anew."""
     I_f, T_f = pairs.images, pairs.texts
-    if not torch.is_tensor(I_f):
-        I_f = image_features(model, I_f, device, dtype, len(I_f))
-    elif I_f.ndim > 2:
-        I_f = image_features(model, I_f[:, 0], device, dtype, len(I_f))
+    if not (torch.is_tensor(I_f) and I_f.ndim == 2):
+        own = distributed.share(len(I_f))
+        pictures = I_f[own.start : own.stop, 0] if torch.is_tensor(I_f) else Subset(I_f, own)
+        I_f = distributed.gather(image_features(model, pictures, device, dtype, len(own)))
     if not torch.is_tensor(T_f):
-        T_f = text_features(model, T_f, device, dtype)
+        own = distributed.share(len(T_f))
+        T_f = distributed.gather(text_features(model, T_f[own.start : own.stop], device, dtype))
     if not (I_f.isfinite().all() and T_f.isfinite().all()):
         raise UserError("a tower's features are not finite; the last good checkpoint is kept, --resume with lower rates")
     return I_f, T_f
@@ -188,7 +203,9 @@ def features(model, pairs, device, dtype):
 def train(config):
     """Runs a Config from captions file to run folder, and returns the model at its best epoch."""
     speed_up_cpu()
-    run_dir, device = Path(config.run_dir), pick_device(config.device)
+    if config.deterministic:
+        be_deterministic()
+    run_dir, device, writes = Path(config.run_dir), pick_device(config.device), distributed.rank() == 0
     dtype = pick_dtype(config.precision, device)
     torch.manual_seed(config.seed)
 
@@ -206,7 +223,8 @@ def train(config):
         table, generated = pd.concat([table, pairs], ignore_index=True), frozenset(pairs["image"])
     if config.train_image_from:
         model.image_encoder.train_from(config.train_image_from)
-    splits, bad = read_pairs(config, table, image_dir, model, generated)
+    with distributed.first_alone():
+        splits, bad = read_pairs(config, table, image_dir, model, generated)
     training, validation = splits["train"], splits["val"]
     counts = [f"{len(pairs.names):,} {name} images ({len(pairs.captions):,} captions)" for name, pairs in splits.items()]
     print(f"{' and '.join(counts)} from {image_dir}; left out: {len(skipped) + len(bad)}")
@@ -217,21 +235,26 @@ def train(config):
     print(f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}, {millions:.1f} million parameters")
     print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
 
-    if not config.resume:
+    if config.resume == "no" and writes:
         start_run(config, model, skipped + bad)
     new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
-    if config.heads_first and new_heads and config.freeze != "both" and not (run_dir / "last.pt").exists():
-        begun = config.resume and (run_dir / "heads" / "config.json").exists()
+    if config.heads_first and new_heads and config.freeze != "both" and not has_checkpoint(run_dir):
+        begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
         print("heads first, on features of the towers held still")
         still = replace(config, freeze="both", gan="none", train_image_from="", micro_batch_size=0)
         still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
-        save_weights(model, run_dir)  # the best so far, should fine-tuning not improve on it
+        if writes:
+            save_weights(model, run_dir)  # the best so far, should fine-tuning not improve on it
     start_rsum = best_rsum(run_dir / "heads")
 
     model.to(device, memory_format=torch.channels_last)
-    freeze_towers(config, model, splits, image_dir, device, dtype)
+    with distributed.first_alone():
+        freeze_towers(config, model, splits, image_dir, device, dtype)
+    distributed.start_alike(model)
+    if not config.micro_batch_size:
+        distributed.share_statistics(model)
     if config.compile:
         model.image_encoder.compile()
         model.text_encoder.compile(dynamic=True)
@@ -241,61 +264,82 @@ def train(config):
         groups.append(joint.parameter_group)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    history = []
-    if config.resume and (run_dir / "last.pt").exists():
-        history = load_last(run_dir / "last.pt", model, optimizer, scaler, config, joint)
-        print(f"going on after epoch {len(history)}")
+    data = key_of(*((pairs.names, pairs.captions) for pairs in splits.values()))
+    save = partial(save_last, run_dir, model, optimizer, scaler, data=data, config=config, joint=joint)
+    history, losses = [], []
+    if config.resume != "no" and has_checkpoint(run_dir):
+        history, losses = load_last(run_dir, model, optimizer, scaler, data, config, joint)
+        print(f"going on after epoch {len(history)}, step {len(losses)} of the next")
+    if len(set(distributed.counts(len(history)))) > 1:
+        raise UserError(f"--run-dir {run_dir}: not the same folder for all processes; put it on a disk that all machines share")
 
     captions_of = np.split(np.argsort(training.image_of_text, kind="stable"), np.bincount(training.image_of_text).cumsum()[:-1])
     extra = generated_a_batch(config) if generated else 0
-    sampler = PairSampler(captions_of, config.batch_size, config.seed, config.micro_batch_size, training.sources, extra)
+    ranks = distributed.rank(), distributed.size()
+    sampler = PairSampler(captions_of, config.batch_size, config.seed, config.micro_batch_size, training.sources, extra, ranks)
     dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
     loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
     steps, width = config.epochs * sampler.steps, len(str(config.epochs))
-    for epoch in range(len(history), config.epochs):
-        started = time.perf_counter()
-        sampler.epoch = epoch
-        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # dropout's state then needs no saving
-        rsums = [row["rsum"] for row in history]
-        first = epoch * sampler.steps
-        rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + sampler.steps)]
-        desc = f"epoch {epoch + 1}"
-        loss = train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint)
-        I_f, T_f = features(model, validation, device, dtype)
-        scores = score(model, I_f, T_f, validation.image_of_text, device)
-        row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
-        row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
-        for direction in ("image_to_text", "text_to_image"):
-            row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
-        row |= {"rsum": scores["rsum"], "seconds": time.perf_counter() - started}
-        history.append(row)
-        best = row["rsum"] > max([start_rsum, *rsums])
-        if best:
-            save_weights(model, run_dir)
-        if joint:
-            draw_generated(joint, model, validation.captions, T_f, device, run_dir)
-        save_last(run_dir / "last.pt", model, optimizer, scaler, history, config, joint)
-        write_history(run_dir / "history.csv", history)
-        recalls = [
-            "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
-        ]
-        print(
-            f"epoch {epoch + 1:{width}}/{config.epochs}  loss {loss:.3f} (chance {row['chance_loss']:.3f})  "
-            f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
-            f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s",
-            flush=True,
-        )
+    terminated = threading.Event()
 
-    load_weights(model, run_dir)
-    draw_curves(history, run_dir / "curves.png")
+    def after_step(losses):
+        """Saves a checkpoint within the epoch where one is due, as SIGTERM makes it."""
+        if writes and (terminated.is_set() or config.save_every and len(losses) % config.save_every == 0):
+            save(history, torch.stack(losses).cpu())
+        if writes and terminated.is_set():
+            print(f"terminated; --resume --run-dir {run_dir} goes on", file=sys.stderr)
+            leave_at_once()
+
+    with at_sigterm(terminated.set):  # it is looked at when a step has ended, and the state is whole
+        for epoch in range(len(history), config.epochs):
+            started = time.perf_counter()
+            sampler.epoch = epoch
+            rsums = [row["rsum"] for row in history]
+            first = epoch * sampler.steps
+            rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + sampler.steps)]
+            args = model, loader, sampler, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}", joint
+            loss = train_epoch(*args, losses, after_step)
+            losses = []
+            I_f, T_f = features(model, validation, device, dtype)
+            scores = score(model, I_f, T_f, validation.image_of_text, device)
+            row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
+            row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
+            for direction in ("image_to_text", "text_to_image"):
+                row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
+            row |= {"rsum": scores["rsum"], "seconds": time.perf_counter() - started}
+            history.append(row)
+            best = row["rsum"] > max([start_rsum, *rsums])
+            if joint:
+                draw_generated(joint, model, validation.captions, T_f, device, run_dir)
+            if writes:
+                if best:
+                    save_weights(model, run_dir)
+                write_history(run_dir / "history.csv", history)
+                save(history, losses)  # last: what a kill leaves unwritten is then written again
+            recalls = [
+                "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10))
+                for direction in ("image_to_text", "text_to_image")
+            ]
+            print(
+                f"epoch {epoch + 1:{width}}/{config.epochs}  loss {loss:.3f} (chance {row['chance_loss']:.3f})  "
+                f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
+                f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s",
+                flush=True,
+            )
+
+    with distributed.first_alone():  # it has written them
+        load_weights(model, run_dir)
     I_f, T_f = features(model, validation, device, dtype)
-    draw_examples(model, validation, I_f, T_f, device, run_dir)
+    if writes:
+        draw_curves(history, run_dir / "curves.png")
+        draw_examples(model, validation, I_f, T_f, device, run_dir)
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
     said = f"best epoch {best['epoch']}" if best["rsum"] > start_rsum else "best before fine-tuning, the heads alone"
     print(f"\n{said}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     scores = score(model, I_f, T_f, validation.image_of_text, device)
     print(recall_table(scores))
-    write_card(run_dir, config, model, splits, scores)
+    if writes:
+        write_card(run_dir, config, model, splits, scores)
     return model
 
 
@@ -325,11 +369,8 @@ def draw_examples(model, pairs, I_f, T_f, device, run_dir):
     draw_matches(searches, run_dir / "matches.png")
 
 
-def main():
-    flickr8k_dir = flickr8k.find()
-    config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir else "shapes")
-    reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if preset == "shapes" and not flickr8k_dir else ""
-    print(f"preset {preset}{reason}", flush=True)
+def with_data(config, flickr8k_dir):
+    """The Config with the folder of its data, which is fetched or drawn first where that is asked for."""
     if not (config.data_dir or config.captions_path):
         if not (flickr8k_dir or config.download):
             raise UserError(f"no Flickr8k in {' or '.join(flickr8k.PLACES)}; pass --download, or {flickr8k.BY_HAND}")
@@ -340,12 +381,31 @@ def main():
             shapes.draw(config.data_dir)
         except OSError as error:
             raise UserError(f"{config.data_dir}: the sample cannot be drawn there ({error.strerror})") from None
+    return config
+
+
+def main():
+    flickr8k_dir = flickr8k.find()
+    config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir else "shapes")
+    config = replace(config, device=distributed.join(config.device))
+    if distributed.size() > config.batch_size:
+        raise UserError(f"--batch-size {config.batch_size}: fewer than the {distributed.size()} processes of torchrun")
+    if distributed.size() > 1 and config.gan == "joint":
+        raise UserError("--gan joint: trains in one process; start it with python instead of torchrun")
+    reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if preset == "shapes" and not flickr8k_dir else ""
+    print(f"preset {preset}{reason}", flush=True)
     try:
-        train(config)
+        with at_sigterm(leave_at_once), contextlib.nullcontext() if distributed.rank() else only_run_in(config.run_dir):
+            with distributed.first_alone():
+                config = with_data(config, flickr8k_dir)
+            train(config)
+            distributed.leave()
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"what was trained is in {config.run_dir}; --resume --run-dir {config.run_dir} goes on"
         ) from None
+    except RuntimeError as error:
+        raise explain(error, config) from None
 
 
 if __name__ == "__main__":

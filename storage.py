@@ -18,21 +18,27 @@ class UserError(Exception):
 
 
 def run_command(main):
-    """Calls main(); a `UserError` ends the program with its one line and exit status 2, Ctrl-C with status 130."""
+    """Calls main(); a `UserError` or a failing file ends the program with one line and exit status 2, Ctrl-C with 130."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; mend that, and start again", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
         print(f"\nstopped; {interrupt}" if interrupt.args else "\nstopped", file=sys.stderr)
         sys.exit(130)
 
 
-def write_whole(path, write):
+def write_whole(path, write, keep=None):
     """Calls write(temporary_path) and moves the result to `path` once it is on disk.
 
-    A reader finds the old file or the new one, whatever happens in between.
+    A reader finds the old file or the new one, whatever happens in between; with `keep`, a path, the old one goes there
+    first, and for a moment there is none at `path`.
     Raises UserError where the disk is full or the folder may not be written.
     """
     path = Path(path)
@@ -42,6 +48,8 @@ def write_whole(path, write):
         write(temporary)
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
@@ -57,8 +65,16 @@ def write_json(path, value):
 
 
 def file_facts(paths):
-    """[(path, bytes, time of change in ns)] of files: what a cache key needs to notice that one of them changed."""
-    return [(str(path), stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
+    """[(path, bytes, time of change in ns)] of files: what a cache key needs to notice that one of them changed or went."""
+
+    def facts(path):
+        try:
+            stat = os.stat(path)
+        except FileNotFoundError:
+            return str(path), None, None
+        return str(path), stat.st_size, stat.st_mtime_ns
+
+    return list(map(facts, paths))
 
 
 def key_of(*parts):

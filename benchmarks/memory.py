@@ -86,13 +86,11 @@ def gradient_error(batch_size, micro_batch_size, cache_dir):
     micro_batches = list(loader)[: sampler.parts]
     device, scaler, gradients = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False), []
     for cached in (True, False):
-        torch.manual_seed(1)
         model.zero_grad()
         if cached:
-            gradient_cache.backward(model, iter(micro_batches * 2), sampler.parts, device, torch.float32, scaler)
+            gradient_cache.backward(model, iter(micro_batches * 2), range(sampler.parts), device, torch.float32, scaler)
         else:
-            seeds = torch.randint(2**31, (sampler.parts,)).tolist()
-            pairs = [gradient_cache.embed(model, b, device, torch.float32, s) for b, s in zip(micro_batches, seeds)]
+            pairs = [gradient_cache.embed(model, b, device, torch.float32, s) for s, b in enumerate(micro_batches)]
             I_e, T_e = (torch.cat(embeddings) for embeddings in zip(*pairs))
             contrastive_loss(model.logit_scale.exp() * I_e @ T_e.T).backward()
         gradients.append(torch.cat([parameter.grad.flatten().clone() for parameter in model.parameters()]))

@@ -3,8 +3,10 @@ import os
 os.environ["MPLBACKEND"] = "agg"  # no test opens a window
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network
 
+import multiprocessing
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,30 @@ def run_script(*arguments, cwd=ROOT):
     """Runs a command of the project and returns the finished process."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="try what is drawn at random as often as the README's table says")
+
+
+@pytest.fixture
+def times(request):
+    """times(short, long): how often something random is tried."""
+    return lambda short, long: long if request.config.getoption("--long") else short
+
+
+@pytest.fixture(scope="session")
+def forked():
+    """forked(function, *arguments) -> a started process, a copy of one that has the slow imports behind it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["main"])
+
+    def start(function, *arguments):
+        process = context.Process(target=function, args=arguments)
+        process.start()
+        return process
+
+    return start
 
 
 @pytest.fixture
@@ -55,19 +81,19 @@ def run(sample, tmp_path_factory):
     return folder / "run"
 
 
+def flags_for_small(sample, folder, run_dir="run", **options):
+    """Flags that train on the small sample in a second."""
+    options = {
+        "data_dir": sample, "run_dir": folder / run_dir, "cache_dir": folder / "cache", "text_layers": 1,
+        "text_width": 32, "text_heads": 2, "batch_size": 32, "epochs": 2, "precision": "fp32", "device": "cpu",
+    } | options  # fmt: skip
+    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return ["shapes", *(word for pair in pairs for word in pair)]
+
+
 @pytest.fixture
 def small_flags(sample, tmp_path):
-    """Flags that train on the small sample in a second."""
-
-    def flags(run_dir="run", **options):
-        options = {
-            "data_dir": sample, "run_dir": tmp_path / run_dir, "cache_dir": tmp_path / "cache", "text_layers": 1,
-            "text_width": 32, "text_heads": 2, "batch_size": 32, "epochs": 2, "precision": "fp32", "device": "cpu",
-        } | options  # fmt: skip
-        pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
-        return ["shapes", *(word for pair in pairs for word in pair)]
-
-    return flags
+    return partial(flags_for_small, sample, tmp_path)
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from config import Config, parse_config
 from storage import UserError
 
 RUN_FILES = {
-    "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png", "similarity.png",
-    "matches.png", "README.md",
+    "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "previous.pt", "curves.png",
+    "similarity.png", "matches.png", "README.md",
 }  # fmt: skip
 
 
