@@ -13,7 +13,8 @@ from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else it asks the network for its newest version
-os.environ.setdefault("OPENCV_IO_MAX_IMAGE_PIXELS", str(2 * 10**8))  # what declares more is not decoded: memory is not endless
+MOST_PIXELS = 200_000_000  # what declares more is not decoded: memory is not endless
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MOST_PIXELS)
 
 import albumentations as A
 import cv2
@@ -68,7 +69,8 @@ def read_image(path, size):
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
     except cv2.error as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        large = "CV_IO_MAX_IMAGE" in str(error)
+        raise ValueError(f"declares more than {MOST_PIXELS:,} pixels" if large else "cannot be decoded by OpenCV") from None
     if image is None:
         raise ValueError("empty, truncated or not a picture")
     return resize_image(image, size)

@@ -16,6 +16,9 @@ CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 class UserError(Exception):
     """Something the user can mend: one line that names the value, the place and the remedy."""
 
+    def __str__(self):
+        return "".join(c if c.isprintable() else " " for c in super().__str__())  # names in files can hold anything
+
 
 def run_command(main):
     """Calls main(); a `UserError` or a failing file ends the program with one line and exit status 2, Ctrl-C with 130."""
