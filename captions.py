@@ -125,7 +125,7 @@ def read_karpathy(path, text):
         images = json.loads(text)["images"]
         splits = {image["filename"]: image["split"].replace("restval", "train") for image in images}
         pairs = [(image["filename"], sentence["raw"].strip()) for image in images for sentence in image["sentences"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"
         raise UserError(f"{path}: not in the layout of Karpathy's dataset_flickr8k.json ({problem})") from None
     numbered = [(number, *pair) for number, pair in enumerate(pairs, start=1)]

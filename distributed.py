@@ -20,6 +20,7 @@ import sys
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 
 from storage import UserError
@@ -130,21 +131,12 @@ def average_statistics(model):
                     statistic.copy_(summed(statistic) / size())
 
 
-class SumOverRanks(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, value):
+def summed(value):
+    """The sum of a tensor over the ranks. Without gradient."""
+    if size() > 1:
         value = value.clone()
         dist.all_reduce(value)
-        return value
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return SumOverRanks.apply(gradient)  # each rank's own value moves the sum that all ranks go on with
-
-
-def summed(value):
-    """The sum of a tensor over the ranks, with gradient."""
-    return SumOverRanks.apply(value) if size() > 1 else value
+    return value
 
 
 # ---- BatchNorm over all ranks ------------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def share_statistics(model):
     """
     if size() > 1:
         for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and module.affine:
                 module.__class__ = type(f"Shared{type(module).__name__}", (SharedStatistics, type(module)), {})
 
 
@@ -167,17 +159,41 @@ class SharedStatistics:
     def forward(self, x):
         if not (self.training and self.track_running_stats):
             return super().forward(x)
-        pixels = summed(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-        values = x.float()
-        mean = summed(values.sum(dim=(0, 2, 3))) / pixels
-        centred = values - mean[:, None, None]
-        variance = summed(centred.square().sum(dim=(0, 2, 3))) / pixels
+        out, mean, variance, count = NormaliseOverRanks.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * pixels / (pixels - 1), self.momentum)
-        out = centred * (variance + self.eps).rsqrt()[:, None, None]
-        if self.affine:
-            out = out * self.weight[:, None, None] + self.bias[:, None, None]
-        out = out.to(x.dtype)
+            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
         return self.act(self.drop(out)) if hasattr(self, "act") else out
+
+
+class NormaliseOverRanks(torch.autograd.Function):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, over the pixels of all ranks; (n, c, h, w) and c channels.
+
+    Written out, with one exchange in each direction: autograd's own way through the means is three times as slow on a CPU.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, eps):
+        values, pixels = x.float(), (0, 2, 3)
+        count = torch.tensor([x.numel() / x.shape[1]], device=x.device)
+        sums = summed(torch.cat([values.sum(pixels), values.square().sum(pixels), count]))
+        count = sums[-1]
+        mean, square = (sums[:-1] / count).chunk(2)
+        variance = (square - mean.square()).clamp(min=0)
+        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
+        out = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
+        ctx.mark_non_differentiable(mean, variance, count)
+        return out, mean, variance, count
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        x, weight, mean, scale, count = ctx.saved_tensors
+        values, gradient, pixels = x.float(), gradient.float(), (0, 2, 3)
+        bias_gradient = gradient.sum(pixels)
+        weight_gradient = ((gradient * values).sum(pixels) - mean * bias_gradient) * scale
+        # Of mean and variance each pixel is a count-th part: what all pixels ask of them is taken off its gradient.
+        off_bias, off_weight = (summed(torch.cat([bias_gradient, weight_gradient])) / count).chunk(2)
+        constant, slope = mean * scale * off_weight - off_bias, -scale * off_weight
+        inner = torch.addcmul(gradient + constant[:, None, None], values, slope[:, None, None])
+        return (inner * (weight * scale)[:, None, None]).to(x.dtype), weight_gradient, bias_gradient, None
