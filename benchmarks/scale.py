@@ -91,30 +91,19 @@ def measure(
     rows = []
     for n in batch_sizes:
         for width in widths:
-            for micro in (0, micro_batch_size):
-                for processes in (1, 2, 4):
-                    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, __file__, "step"]
-                    command = map(str, [*launch, n, width, micro])
-                    process = subprocess.run(command, capture_output=True, text=True)
-                    if process.returncode:
-                        raise UserError(process.stderr.strip().split("\n")[-1])
-                    parameters, seconds, peak, sent = map(float, process.stdout.split()[-4:])
-                    predicted = predicted_bytes(n, width, processes, parameters)
-                    cells = [
-                        f"{n / seconds:,.0f}",
-                        f"{seconds:.2f}",
-                        f"{peak:,.0f}",
-                        f"{sent / 1e6:.2f}",
-                        f"{predicted / 1e6:.2f}",
-                    ]
-                    rows.append([processes, n, width, micro or "all", *cells])
-                    print(*rows[-1], flush=True)
-    report(
-        f"A step of {parameters / 1e6:.2f} million parameters, micro-batches of {micro_batch_size or 'all'}",
-        COLUMNS,
-        rows,
-        json,
-    )
+            for processes in (1, 2, 4):
+                launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", processes, __file__, "step"]
+                command = map(str, [*launch, n, width, micro_batch_size])
+                process = subprocess.run(command, capture_output=True, text=True)
+                if process.returncode:
+                    raise UserError(process.stderr.strip().split("\n")[-1])
+                parameters, seconds, peak, sent = map(float, process.stdout.split()[-4:])
+                predicted = predicted_bytes(n, width, processes, parameters)
+                figures = [f"{seconds:.2f}", f"{peak:,.0f}", f"{sent / 1e6:.2f}", f"{predicted / 1e6:.2f}"]
+                rows.append([processes, n, width, f"{n / seconds:,.0f}", *figures])
+                print(*rows[-1], flush=True)
+    title = f"A step of {parameters / 1e6:.2f} million parameters, micro-batches of {micro_batch_size or 'all'}"
+    report(title, COLUMNS, rows, json)
 
 
 if __name__ == "__main__":
