@@ -124,6 +124,10 @@ def read_karpathy(path, text):
     try:
         images = json.loads(text)["images"]
         splits = {image["filename"]: image["split"].replace("restval", "train") for image in images}
+        foreign = {name: split for name, split in splits.items() if not isinstance(name, str) or split not in SPLIT_LISTS}
+        if foreign:
+            name, split = foreign.popitem()
+            raise ValueError(f"filename {name!r} and split {split!r}")
         pairs = [(image["filename"], sentence["raw"].strip()) for image in images for sentence in image["sentences"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         problem = f"{type(error).__name__}: {error}"

@@ -159,3 +159,18 @@ def test_missing_places_are_named(tmp_path):
     (tmp_path / "captions.txt").write_text("image,caption\n1.jpg,a dog\n")
     with pytest.raises(UserError, match="--image-path"):
         load_captions(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 5000,
+        '{"images": [{"filename": "1.jpg", "split": "holdout", "sentences": [{"raw": "a dog"}]}]}',
+        '{"images": [{"filename": 1, "split": "train", "sentences": [{"raw": "a dog"}]}]}',
+        '{"images": [{"filename": "1.jpg", "split": "train", "sentences": [{"raw": null}]}]}',
+    ],
+)
+def test_json_of_another_layout_is_refused(folder, text):
+    (folder / "dataset_flickr8k.json").write_text(text)
+    with pytest.raises(UserError, match="layout of Karpathy"):
+        load_captions(folder)
