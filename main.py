@@ -235,8 +235,9 @@ def train(config):
     print(f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}, {millions:.1f} million parameters")
     print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
 
-    if config.resume == "no" and writes:
-        start_run(config, model, skipped + bad)
+    with distributed.first_alone():  # the others see no earlier run
+        if config.resume == "no" and writes:
+            start_run(config, model, skipped + bad)
     new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
     if config.heads_first and new_heads and config.freeze != "both" and not has_checkpoint(run_dir):
         begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
