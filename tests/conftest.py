@@ -2,6 +2,8 @@ import os
 
 os.environ["MPLBACKEND"] = "agg"  # no test opens a window
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network
+if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run at once, each on a core
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import multiprocessing
 import subprocess

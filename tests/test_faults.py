@@ -410,3 +410,8 @@ def test_weights_that_are_not_finite_are_not_saved(ended, tmp_path):
 def poison():
     """The next loss of this process is not a number."""
     main.contrastive_loss = lambda logits: logits.sum() * float("nan")
+
+
+def test_the_deterministic_flag_changes_nothing_on_a_cpu(ended, whole, tmp_path):
+    assert ended("run", "--deterministic")[0] == 0
+    assert_same(outcome(tmp_path / "run"), whole)

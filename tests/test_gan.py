@@ -68,7 +68,7 @@ def test_the_gradient_penalty_is_half_the_squared_slope():
 def test_the_folder_holds_a_grid_an_epoch_and_the_averaged_weights(gan):
     run_dir, _ = gan
     assert {path.name for path in run_dir.iterdir()} == {
-        "gan.json", "last.pt", "generator.safetensors", "history.csv", "samples",
+        "gan.json", "last.pt", "previous.pt", "generator.safetensors", "history.csv", "samples",
     }  # fmt: skip
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["epoch-001.png", "epoch-002.png"]
     history = pd.read_csv(run_dir / "history.csv")
