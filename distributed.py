@@ -56,7 +56,11 @@ def join(device):
         raise UserError(f"--nproc-per-node: there are only {torch.cuda.device_count()} GPUs here")
     if cuda:
         torch.cuda.set_device(local)
-    dist.init_process_group("nccl" if cuda else "gloo", timeout=PATIENCE)
+    store, own_rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
+    # torchrun can keep the store when it starts all again, and the addresses in it are then of processes that are gone.
+    store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=own_rank, world_size=world_size)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives
         sys.stderr = NoTerminal(sys.stderr.buffer, line_buffering=True)
