@@ -1,4 +1,4 @@
-"""Scores a run: python evaluate.py retrieval|match|zeroshot|sts --run RUN ..."""
+"""Scores a run: python evaluate.py retrieval|match|zeroshot|sts --run RUN ...; leaks --data-dir DIR looks at a data set."""
 
 import sys
 from typing import Annotated, Literal
@@ -11,6 +11,7 @@ from captions import load_captions
 from config import OPENAI, PRESETS, load_run, parse_flags
 from dataset import center_crop, read_image
 from embedding import file_features, open_model, project, text_features, token_ids
+from leaks import leaks
 from plots import draw_similarity
 from storage import UserError, run_command, write_json
 from sts import sts
@@ -226,7 +227,7 @@ def match(
         write_json(json_path, scores)
 
 
-TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts}
+TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "leaks": leaks}
 
 
 def main():
