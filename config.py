@@ -152,8 +152,31 @@ MIXER = replace(
     crop=0.97,
     epochs=44,
 )
+FAST = Config(
+    run_dir="runs/fast",
+    image_encoder="tf_efficientnet_lite2",
+    size=288,
+    text_encoder="sentence-transformers/all-MiniLM-L6-v2",
+    freeze="both",
+)
+BEST = replace(
+    FAST,
+    run_dir="runs/best",
+    freeze="none",
+    train_image_from="blocks.5",
+    batch_size=256,
+    epochs=6,
+    image_encoder_lr=3e-4,
+    text_encoder_lr=5e-5,
+    head_lr=3e-4,
+)
+RESNET50 = {"image_encoder": "resnet50", "size": 0, "text_encoder": "distilbert-base-uncased"}
 PRESETS = {
     "flickr8k": Config(run_dir="runs/flickr8k"),
+    "fast": FAST,
+    "best": BEST,
+    "fast-resnet50": replace(FAST, **RESNET50, run_dir="runs/fast-resnet50"),
+    "best-resnet50": replace(BEST, **RESNET50, run_dir="runs/best-resnet50", train_image_from="layer4"),
     "openai": Config(
         run_dir="runs/openai",
         image_encoder="ViT-B/32",
@@ -171,7 +194,9 @@ PRESETS = {
 }
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
-Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained) and openai (fine-tunes one of OpenAI's models).
+Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained), fast and best (EfficientNet-Lite2 and MiniLM, for
+two CPU cores: the heads alone, or half of the towers too), fast-resnet50 and best-resnet50 (the same with the towers of flickr8k)
+and openai (fine-tunes one of OpenAI's models).
 Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
 to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""

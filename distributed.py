@@ -59,7 +59,7 @@ def join(device):
     store, own_rank, world_size = next(dist.rendezvous("env://", timeout=PATIENCE))
     # torchrun can keep the store when it starts all again, and the addresses in it are then of processes that are gone.
     store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "nccl" if cuda else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"  # features that were computed before lie on the CPU
     dist.init_process_group(backend, timeout=PATIENCE, store=store, rank=own_rank, world_size=world_size)
     if rank():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  for as long as the process lives

@@ -40,9 +40,10 @@ def explain(error, config):
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(reason):
         at_once = config.micro_batch_size or config.batch_size
         flag = "--batch-size" if config.gan == "joint" else "--micro-batch-size"
+        fewer = next((n for n in range(at_once // 2, 0, -1) if at_once % n == 0), 1)  # micro-batches have to be equal
         return UserError(
             f"out of memory with {at_once} pairs at once on --device {config.device}; the last checkpoint is kept: --resume, "
-            f"with {flag} {max(1, at_once // 2)}"
+            f"with {flag} {fewer}"
         )
     if "DataLoader worker" in reason:
         return UserError(

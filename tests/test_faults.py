@@ -391,11 +391,11 @@ def test_a_resume_within_an_epoch_keeps_its_batch_size(ended):
 # ---- memory and numbers ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("micro_batch_size, flag", [(0, "--micro-batch-size 64"), (32, "--micro-batch-size 16")])
-def test_exhausted_memory_names_the_flag_to_lower(micro_batch_size, flag):
-    config = Config(batch_size=128, micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize("batch_size, micro_batch_size, fewer", [(128, 0, 64), (128, 32, 16), (99, 0, 33)])
+def test_exhausted_memory_names_the_flag_to_lower(batch_size, micro_batch_size, fewer):
+    config, flag = Config(batch_size=batch_size, micro_batch_size=micro_batch_size), f"--micro-batch-size {fewer}"
     for error in (torch.OutOfMemoryError("CUDA out of memory."), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
-        assert flag in str(explain(error, config))
+        assert str(explain(error, config)).endswith(flag)
     other = RuntimeError("a shape does not fit")
     assert explain(other, config) is other
 
