@@ -15,7 +15,7 @@ from conftest import run_script
 import clip
 import frozen
 import main
-from config import Config, parse_config
+from config import PRESETS, Config, parse_config
 from storage import UserError
 
 RUN_FILES = {
@@ -237,6 +237,12 @@ def test_skip_bad_trains_on_the_rest_and_lists_what_was_left_out(small_flags, sa
     skipped = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
     assert len(skipped) == 3
     assert all(any(re.search(word, line) for line in skipped) for word in ("00003.png", "00005.png", "row 722"))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_settings_of_each_preset_go_together(preset):
+    config, name = parse_config([preset], "shapes")
+    assert name == preset and config.run_dir == f"runs/{preset}" and config.epochs and config.batch_size
 
 
 BAD_RUNS = {
