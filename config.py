@@ -79,7 +79,7 @@ class Config:
     compile: bool = False  # torch.compile the towers: a minute or two at the start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
-    resume: Literal["no", "yes", "auto"] = "no"  # go on from run_dir's checkpoint; auto: if it has one, even the one before
+    resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings unless flags say otherwise; auto: if a run is there
     save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
     deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
 
@@ -194,9 +194,9 @@ PRESETS = {
 }
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
-Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained), fast and best (EfficientNet-Lite2 and MiniLM, for
-two CPU cores: the heads alone, or half of the towers too), fast-resnet50 and best-resnet50 (the same with flickr8k's towers)
-and openai (fine-tunes one of OpenAI's models).
+Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained), fast and best (EfficientNet-Lite2 and MiniLM, on
+two CPU cores in 2 and 12 minutes: the heads, and then the text tower and half of the image tower), fast-resnet50 and
+best-resnet50 (the same with flickr8k's towers) and openai (fine-tunes one of OpenAI's models).
 Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
 to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""
