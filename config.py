@@ -79,7 +79,7 @@ class Config:
     compile: bool = False  # torch.compile the towers: a minute or two at the start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
-    resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings unless flags say otherwise; auto: if a run is there
+    resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings unless flags differ; auto: if it can
     save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
     deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
 
