@@ -1,6 +1,7 @@
 """Whether pictures of one split stand in another, too: by name, or as near-duplicates under another name."""
 
 from itertools import combinations
+from pathlib import Path
 from typing import Annotated
 
 import cv2
@@ -65,7 +66,8 @@ def leaks(
     hashes = {split: difference_hashes([image_dir / name for name in own], num_workers) for split, own in names.items()}
     found = {"images": {split: len(own) for split, own in names.items()}, "same_name": [], "near_duplicates": []}
     for a, b in combinations(names, 2):
-        found["same_name"] += sorted(set(names[a]) & set(names[b]))
+        in_a, in_b = ({Path(name).name for name in names[split]} for split in (a, b))  # in whatever folders
+        found["same_name"] += sorted(in_a & in_b)
         pairs = sorted(zip(*near_duplicates(hashes[a], hashes[b])), key=lambda pair: pair[2])
         found["near_duplicates"] += [
             {a: names[a][row], b: names[b][column], "differing_bits": int(bits)} for row, column, bits in pairs

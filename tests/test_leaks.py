@@ -42,6 +42,16 @@ def test_a_smaller_darker_recompressed_copy_under_another_name_is_found(folder, 
     assert (pair["train"], pair["test"]) == ("1.png", "4.png") and pair["differing_bits"] <= 26
 
 
+def test_one_name_in_two_folders_is_found(folder, evaluate_here):
+    (folder / "Images" / "more").mkdir()
+    (folder / "Images" / "5.png").rename(folder / "Images" / "more" / "0.png")
+    for path in (folder / "captions.txt", folder / "my.testImages.txt"):
+        path.write_text(path.read_text().replace("5.png", "more/0.png"))
+    evaluate_here("leaks", "--data-dir", folder, "--json", folder / "found.json")
+    found = json.loads((folder / "found.json").read_text())
+    assert found["same_name"] == ["0.png"] and found["near_duplicates"] == []
+
+
 def test_differing_bits_are_counted():
     a = np.zeros((2, 256), dtype=bool)
     b = a.copy()
