@@ -142,7 +142,7 @@ def only_run_in(run_dir):
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None
     try:
-        for unfinished in run_dir.glob("*.tmp"):  # of a process that was killed
+        for unfinished in run_dir.rglob("*.tmp"):  # of a process that was killed
             unfinished.unlink()
         yield
     finally:
