@@ -43,7 +43,7 @@ class Config:
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
     freeze: Literal["none", "image", "text", "both"] = "none"  # towers kept still; their features are computed once
     train_image_from: str = ""  # stage that the image tower is trained from; what lies below is computed once a view
-    cached_views: int = 4  # random crops of a training image that are kept, for train_image_from; 1: its middle square
+    cached_views: int = 4  # random crops of a training image that pass a frozen tower or trunk; 1: its middle square
 
     # Heads
     projection_dim: int = 256  # width d_e of the joint embedding; OpenAI's models have their own
@@ -158,6 +158,7 @@ FAST = Config(
     size=288,
     text_encoder="sentence-transformers/all-MiniLM-L6-v2",
     freeze="both",
+    cached_views=2,
 )
 BEST = replace(
     FAST,

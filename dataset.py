@@ -196,8 +196,8 @@ def as_batch(images):
 class CLIPDataset(Dataset):
     """Pairs of an image and one of its captions.
 
-    images: pictures, or an (n, d_i) tensor of features of a frozen tower, or an (n, views, ...) tensor of activations of a
-    frozen trunk, of which one view is drawn.
+    images: pictures, or an (n, views, ...) tensor of features of a frozen tower or activations of a frozen trunk, of which one
+    view is drawn.
     texts: a list of token id lists, or an (m, d_t) tensor of features of a frozen tower.
     size: of the random square crops, in pixels; crop: side of the smallest, as a share of a picture's shorter side.
 
@@ -216,11 +216,8 @@ class CLIPDataset(Dataset):
 
     def __getitem__(self, index):
         image, caption, seed = index
-        picture = self.images[image]
-        if not torch.is_tensor(picture):
-            picture = self.random_crop(picture, seed)
-        elif picture.ndim > 1:
-            picture = picture[seed % len(picture)]
+        kept = self.images[image]
+        picture = kept[seed % len(kept)] if torch.is_tensor(kept) else self.random_crop(kept, seed)
         return picture, self.texts[caption]
 
     def random_crop(self, picture, seed):

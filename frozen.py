@@ -1,6 +1,5 @@
 """What of the towers is held still: it is computed once, kept on disk, and takes the place of the towers' inputs."""
 
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -11,58 +10,44 @@ from tqdm import tqdm
 from config import is_openai
 from dataset import VIEW, CLIPDataset, as_batch, center_crop
 from device import autocast
-from embedding import IMAGE_BATCH, image_features, text_features
+from embedding import IMAGE_BATCH, text_features
 from storage import cached_tensor, file_facts, key_of, key_of_weights
 
 
 def freeze_towers(config, model, splits, image_dir, device, dtype):
     """Freezes what the Config names, and replaces images and texts of {"train": Pairs, "val": Pairs} by what it gives."""
     image_encoder, folder = model.image_encoder, Path(config.cache_dir)
+    freeze_image, freeze_text = (config.freeze in (tower, "both") for tower in ("image", "text"))
     for split, pairs in splits.items():
-        if config.freeze in ("image", "both"):
-            pairs.images = kept_image_features(model, pairs, image_dir, folder, device, dtype)
-        elif config.train_image_from:
-            views = config.cached_views if split == "train" else 1
-            pairs.images = kept_activations(
-                image_encoder, pairs, image_dir, folder, views, config.crop, config.seed, device, dtype
-            )
-        if config.freeze in ("text", "both"):
+        views = config.cached_views if split == "train" else 1
+        if freeze_image or config.train_image_from:
+            pairs.images = kept_views(image_encoder, pairs, image_dir, folder, views, config.crop, config.seed, device, dtype)
+        if freeze_text:
             pairs.texts = kept_text_features(model, pairs.texts, folder, device, dtype)
     new_heads = not is_openai(config) or config.image_weights == "random"  # trained ones expect features as they are
-    if config.freeze in ("image", "both"):
+    if freeze_image:
         image_encoder.requires_grad_(False)
         if new_heads:
-            model.image_projection.standardise(splits["train"].images)
-    if config.freeze in ("text", "both"):
+            model.image_projection.standardise(splits["train"].images.flatten(0, 1))
+    if freeze_text:
         model.text_encoder.requires_grad_(False)
         if new_heads:
             model.text_projection.standardise(splits["train"].texts)
 
 
-def kept_image_features(model, pairs, image_dir, folder, device, dtype):
-    """The features of a split's images, (n, d_i), in fp32."""
-    encoder, n = model.image_encoder, len(pairs.names)
-    key = key_of(key_of_weights(encoder), VIEW, encoder.size, dtype, file_facts([image_dir / name for name in pairs.names]))
-    compute = partial(image_features, model, pairs.pictures, device, dtype, n)
-    return cached_tensor(folder / f"image-features-{key}.npy", (n, encoder.width), torch.float32, lambda: [compute()])
+def kept_views(encoder, pairs, image_dir, folder, views, crop, seed, device, dtype):
+    """What the tower, or its trunk if it has one, makes of `views` random crops of each image; one is the middle square.
 
-
-def kept_text_features(model, texts, folder, device, dtype):
-    """The features of m lists of token ids, (m, d_t), in fp32."""
-    encoder = model.text_encoder
-    key = key_of(key_of_weights(encoder), encoder.pooling, dtype, texts)
-    compute = partial(text_features, model, texts, device, dtype)
-    return cached_tensor(folder / f"text-features-{key}.npy", (len(texts), encoder.width), torch.float32, lambda: [compute()])
-
-
-def kept_activations(encoder, pairs, image_dir, folder, views, crop, seed, device, dtype):
-    """What the trunk makes of `views` random crops of each image, (n, views, ...) in dtype; one view is the middle square."""
-    n, shape = len(pairs.names), tuple(encoder.activation_shape)
-    files = file_facts([image_dir / name for name in pairs.names])
+    Returns (n, views, d_i) features in fp32, or (n, views, ...) activations in dtype.
+    """
+    n, names = len(pairs.names), [image_dir / name for name in pairs.names]
+    if encoder.stage:
+        run, kind, shape, kept = encoder.trunk, "activations", tuple(encoder.activation_shape), dtype
+    else:
+        run, kind, shape, kept = encoder, "image-features", (encoder.width,), torch.float32
     cut = (views, crop, seed) if views > 1 else None
-    key = key_of(key_of_weights(encoder), encoder.stage, VIEW, cut, encoder.size, dtype, files)
-    path = folder / f"activations-{key}.npy"
-    gigabytes = n * views * np.prod(shape) * dtype.itemsize / 1e9
+    key = key_of(key_of_weights(encoder), encoder.stage, VIEW, cut, encoder.size, dtype, file_facts(names))
+    gigabytes = n * views * np.prod(shape) * kept.itemsize / 1e9
     cutter = CLIPDataset(pairs.pictures, pairs.texts, encoder.size, crop)
     seeds = np.random.default_rng(seed).integers(2**31, size=(n, views))
 
@@ -75,14 +60,23 @@ def kept_activations(encoder, pairs, image_dir, folder, views, crop, seed, devic
 
     @torch.no_grad()
     def compute():
-        print(f"running {n * views:,} crops as far as {encoder.stage}, kept in {folder} ({gigabytes:.2f} GB)")
+        depth = f"as far as {encoder.stage}" if encoder.stage else "through the image tower"
+        print(f"running {n * views:,} crops {depth}, kept in {folder} ({gigabytes:.2f} GB)")
         encoder.eval()
         left = crops()
-        with tqdm(total=n * views, desc="trunk", leave=False, disable=None, unit="img") as progress:
+        with tqdm(total=n * views, desc="crops", leave=False, disable=None, unit="img") as progress:
             while batch := list(islice(left, IMAGE_BATCH)):
                 with autocast(device, dtype):
-                    activations = encoder.trunk(as_batch(batch).to(device))
-                yield activations.to(dtype).cpu()
+                    outputs = run(as_batch(batch).to(device))
+                yield outputs.to(kept).cpu()
                 progress.update(len(batch))
 
-    return cached_tensor(path, (n * views, *shape), dtype, compute).unflatten(0, (n, views))
+    return cached_tensor(folder / f"{kind}-{key}.npy", (n * views, *shape), kept, compute).unflatten(0, (n, views))
+
+
+def kept_text_features(model, texts, folder, device, dtype):
+    """The features of m lists of token ids, (m, d_t), in fp32."""
+    encoder = model.text_encoder
+    key = key_of(key_of_weights(encoder), encoder.pooling, dtype, texts)
+    path, shape = folder / f"text-features-{key}.npy", (len(texts), encoder.width)
+    return cached_tensor(path, shape, torch.float32, lambda: [text_features(model, texts, device, dtype)])

@@ -86,7 +86,7 @@ class Pairs:
     pictures: Subset  # n decoded pictures
     captions: list  # m strings
     image_of_text: np.ndarray  # (m,) position of each caption's image
-    images: Subset | torch.Tensor  # n decoded pictures, (n, views, ...) activations, or (n, d_i) features
+    images: Subset | torch.Tensor  # n decoded pictures, or (n, views, ...) activations or features of crops of them
     texts: list | torch.Tensor  # m lists of token ids, or (m, d_t) features
     sources: list = field(default_factory=list)  # for each generated image, which come last, the real ones of its caption
 
@@ -187,10 +187,10 @@ def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates,
 
 def features(model, pairs, device, dtype):
     """(I_f, T_f) of a split, (n, d_i) and (m, d_t); those of towers that train are computed anew."""
-    I_f, T_f = pairs.images, pairs.texts
+    I_f, T_f = pairs.images[:, 0] if torch.is_tensor(pairs.images) else pairs.images, pairs.texts
     if not (torch.is_tensor(I_f) and I_f.ndim == 2):
         own = distributed.share(len(I_f))
-        pictures = I_f[own.start : own.stop, 0] if torch.is_tensor(I_f) else Subset(I_f, own)
+        pictures = I_f[own.start : own.stop] if torch.is_tensor(I_f) else Subset(I_f, own)
         I_f = distributed.gather(image_features(model, pictures, device, dtype, len(own)))
     if not torch.is_tensor(T_f):
         own = distributed.share(len(T_f))
@@ -242,7 +242,7 @@ def train(config):
     if config.heads_first and new_heads and config.freeze != "both" and not has_checkpoint(run_dir):
         begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
         print("heads first, on features of the towers held still")
-        still = replace(config, freeze="both", gan="none", train_image_from="", micro_batch_size=0)
+        still = replace(config, freeze="both", gan="none", train_image_from="", cached_views=1, micro_batch_size=0)
         still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())

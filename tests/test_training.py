@@ -98,9 +98,9 @@ def test_an_earlier_run_moves_aside(small_flags, tmp_path, capsys):
     assert_equal_weights(before, weights(tmp_path / "run.1"))
 
 
-@pytest.mark.parametrize("freeze", ["image", "text", "both"])
-def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, freeze, monkeypatch):
-    config, _ = parse_config(small_flags(freeze=freeze), "shapes")
+@pytest.mark.parametrize("freeze, views", [("image", 3), ("text", 1), ("both", 1)])
+def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, freeze, views, monkeypatch):
+    config, _ = parse_config(small_flags(freeze=freeze, cached_views=views), "shapes")
     torch.manual_seed(config.seed)
     table, _, _ = main.load_captions(config.data_dir)
     start = clip.create_model(config, table["caption"][table["split"] == "train"]).state_dict()
@@ -116,9 +116,12 @@ def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, f
         raise AssertionError("features were computed again")
 
     shutil.rmtree(tmp_path / "run")
-    for tower in ("image", "text"):
-        if freeze in (tower, "both"):
-            monkeypatch.setattr(frozen, f"{tower}_features", recomputed)
+    kept = [len(np.load(path)) for path in (tmp_path / "cache").glob("image-features-*")]
+    assert sorted(kept) == ([] if freeze == "text" else [24, 96 * views])
+    if freeze != "text":
+        monkeypatch.setattr(frozen, "as_batch", recomputed)
+    if freeze != "image":
+        monkeypatch.setattr(frozen, "text_features", recomputed)
     main.train(config)
     assert_equal_weights(end, weights(tmp_path / "run"))
 
