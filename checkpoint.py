@@ -76,36 +76,40 @@ def load_newest(run_dir, take, fall_back=False):
         print(f"{damaged}; going on from {found[-1]}")
 
 
-def frozen_prefixes(config):
-    return tuple(f"{tower}_encoder." for tower in ("image", "text") if config.freeze in (tower, "both"))
+def is_frozen(name, config):
+    """Whether a tensor of the model, or of its moving average, belongs to a frozen tower."""
+    frozen = tuple(f"{tower}_encoder." for tower in ("image", "text") if config.freeze in (tower, "both"))
+    return name.removeprefix("module.").startswith(frozen)
 
 
-def save_last(run_dir, model, optimizer, scaler, history, losses, data, config, joint=None):
+def save_last(run_dir, model, optimizer, scaler, history, losses, data, config, average=None, joint=None):
     """What resuming needs: all that training changes. A frozen tower comes from where it came from before.
 
     Random states need no saving, as each step begins with its own seed, nor does the schedule, a function of the step.
 
     losses: of the steps of an epoch that has not ended. data: a key of the captions and pictures.
-    joint: the `joint.Joint` of a run that has one.
+    average, joint: the moving average of the weights and the `joint.Joint` of a run that has one.
     Raises UserError where a weight is not finite; the checkpoint before stays.
     """
-    state = {name: value for name, value in model.state_dict().items() if not name.startswith(frozen_prefixes(config))}
+    state = {name: value for name, value in model.state_dict().items() if not is_frozen(name, config)}
     broken = next((name for name, value in state.items() if not value.isfinite().all()), None)
     if broken:
         raise UserError(f"{run_dir}: {broken} is not finite; the last good checkpoint is kept, --resume with lower rates")
     state = {"model": state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
     state |= {"losses": losses, "batch_size": config.batch_size, "data": data}
+    if average:
+        state["average"] = {name: value for name, value in average.state_dict().items() if not is_frozen(name, config)}
     if joint:
         state["joint"] = joint.state_dict()
     write_checkpoint(run_dir, state)
 
 
-def load_last(run_dir, model, optimizer, scaler, data, config, joint=None):
+def load_last(run_dir, model, optimizer, scaler, data, config, average=None, joint=None):
     """Undoes `save_last` and returns (history, losses). Raises UserError where that is damaged or of another run."""
 
     def take(saved):
         missing, unexpected = model.load_state_dict(saved["model"], strict=False)
-        if unexpected or any(not name.startswith(frozen_prefixes(config)) for name in missing):
+        if unexpected or not all(is_frozen(name, config) for name in missing):
             raise ValueError(f"{len(missing) + len(unexpected)} tensors differ")
         if saved["data"] != data:
             raise UserError(f"{run_dir}: its captions or pictures were others; put them back, or start the run anew")
@@ -116,6 +120,8 @@ def load_last(run_dir, model, optimizer, scaler, data, config, joint=None):
             )
         optimizer.load_state_dict(saved["optimizer"])
         scaler.load_state_dict(saved["scaler"])
+        if average and "average" in saved:
+            average.load_state_dict(saved["average"], strict=False)
         if joint:
             joint.load_state_dict(saved["joint"])
         return saved["history"], saved["losses"]

@@ -65,6 +65,7 @@ class Config:
     schedule: Literal["cosine", "plateau"] = "cosine"  # how the rates fall after the warm-up
     patience: int = 1  # plateau: epochs without a better rsum that are let pass
     factor: float = 0.8  # plateau: what the rates are multiplied by then
+    ema_decay: float = 0.0  # a step, of a moving average of the weights, which then is what is scored and kept; 0: none
     crop: float = 0.85  # side of the smallest random training crop, as a share of the image's shorter side; 1: no zoom
 
     # Generated pictures
@@ -281,7 +282,7 @@ def check(config):
     ]:
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "warmup"]:
+    for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "warmup", "ema_decay"]:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0 and below 1")
     for name in ["crop", "factor"]:

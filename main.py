@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
@@ -254,6 +255,10 @@ def train(config):
     with distributed.first_alone():
         freeze_towers(config, model, splits, image_dir, device, dtype)
     distributed.start_alike(model)
+    average = None
+    if config.ema_decay:
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
+    scored = average.module if average else model
     if not config.micro_batch_size:
         distributed.share_statistics(model)
     if config.compile:
@@ -266,10 +271,10 @@ def train(config):
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     data = key_of(*((pairs.names, pairs.captions) for pairs in splits.values()))
-    save = partial(save_last, run_dir, model, optimizer, scaler, data=data, config=config, joint=joint)
+    save = partial(save_last, run_dir, model, optimizer, scaler, data=data, config=config, average=average, joint=joint)
     history, losses = [], []
     if config.resume != "no" and has_checkpoint(run_dir):
-        history, losses = load_last(run_dir, model, optimizer, scaler, data, config, joint)
+        history, losses = load_last(run_dir, model, optimizer, scaler, data, config, average, joint)
         print(f"going on after epoch {len(history)}, step {len(losses)} of the next")
     if len(set(distributed.counts(len(history)))) > 1:
         raise UserError(f"--run-dir {run_dir}: not the same folder for all processes; put it on a disk that all machines share")
@@ -284,7 +289,9 @@ def train(config):
     terminated = threading.Event()
 
     def after_step(losses):
-        """Saves a checkpoint within the epoch where one is due, as SIGTERM makes it."""
+        """Moves the average of the weights, and saves a checkpoint within the epoch where one is due, as SIGTERM makes it."""
+        if average:
+            average.update_parameters(model)
         if writes and (terminated.is_set() or config.save_every and len(losses) % config.save_every == 0):
             save(history, torch.stack(losses).cpu())
         if writes and terminated.is_set():
@@ -301,8 +308,8 @@ def train(config):
             args = model, loader, sampler, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}", joint
             loss = train_epoch(*args, losses, after_step)
             losses = []
-            I_f, T_f = features(model, validation, device, dtype)
-            scores = score(model, I_f, T_f, validation.image_of_text, device)
+            I_f, T_f = features(scored, validation, device, dtype)
+            scores = score(scored, I_f, T_f, validation.image_of_text, device)
             row = {"epoch": epoch + 1, "loss": loss, "chance_loss": math.log(config.batch_size)}
             row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
             for direction in ("image_to_text", "text_to_image"):
@@ -311,10 +318,10 @@ def train(config):
             history.append(row)
             best = row["rsum"] > max([start_rsum, *rsums])
             if joint:
-                draw_generated(joint, model, validation.captions, T_f, device, run_dir)
+                draw_generated(joint, scored, validation.captions, T_f, device, run_dir)
             if writes:
                 if best:
-                    save_weights(model, run_dir)
+                    save_weights(scored, run_dir)
                 write_history(run_dir / "history.csv", history)
                 save(history, losses)  # last: what a kill leaves unwritten is then written again
             recalls = [

@@ -66,6 +66,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_pat
         {"schedule": "plateau", "patience": 0},
         {"micro_batch_size": 8},
         {"gan": "joint", "freeze": "text"},
+        {"ema_decay": 0.9, "freeze": "text"},
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkeypatch, options):
@@ -88,6 +89,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkey
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     columns = ["epoch", "loss", "rsum", "rate_factor"]
     assert [[row[c] for c in columns] for row in whole["history"]] == [[row[c] for c in columns] for row in halves["history"]]
+
+
+def test_the_average_of_the_weights_is_what_is_scored_and_kept(small_flags, tmp_path, monkeypatch):
+    steps, scored = [], []
+    step, score = torch.optim.AdamW.step, main.score
+
+    def keep_step(optimizer, *arguments):
+        step(optimizer, *arguments)
+        steps.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+
+    def keep_score(model, *arguments):
+        scored.append(model.state_dict()["image_projection.projection.weight"].clone())
+        return score(model, *arguments)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", keep_step)
+    monkeypatch.setattr(main, "score", keep_score)
+    model = train(small_flags(epochs=1, ema_decay=0.7))
+    assert len(steps) > 2
+    expected = steps[0]
+    for now in steps[1:]:
+        expected = [0.7 * average + 0.3 * value for average, value in zip(expected, now)]
+    rows = [row for group in main.parameter_groups(model, Config()) for row in group["params"]]
+    for average, kept in zip(expected, rows, strict=True):
+        torch.testing.assert_close(average, kept.detach(), rtol=1e-4, atol=1e-6)
+    assert torch.equal(scored[0], weights(tmp_path / "run")["image_projection.projection.weight"])
 
 
 def test_an_earlier_run_moves_aside(small_flags, tmp_path, capsys):
