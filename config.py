@@ -166,11 +166,12 @@ BEST = replace(
     run_dir="runs/best",
     freeze="none",
     train_image_from="blocks.5",
+    cached_views=8,
     batch_size=256,
-    epochs=6,
-    image_encoder_lr=3e-4,
-    text_encoder_lr=5e-5,
-    head_lr=3e-4,
+    epochs=12,
+    image_encoder_lr=1e-3,
+    text_encoder_lr=2e-4,
+    ema_decay=0.98,
 )
 RESNET50 = {"image_encoder": "resnet50", "size": 0, "text_encoder": "distilbert-base-uncased"}
 PRESETS = {
