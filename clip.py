@@ -90,7 +90,7 @@ class CLIPModel(nn.Module, ModelHubMixin):
         return self.text_projection(self.text_features(text, attention_mask))
 
     def forward(self, image, text, attention_mask=None):
-        """n images and n captions -> (logits_per_image, logits_per_text), (n, n) each."""
+        """n images and m captions -> (logits_per_image, logits_per_text), (n, m) and (m, n); m is n in the paper."""
         # fmt: off
         # the code                                              # the paper
         I_f = self.image_features(image)                        # I_f = image_encoder(I)  # [n, d_i]
@@ -111,6 +111,15 @@ def contrastive_loss(logits):
     loss_t = F.cross_entropy(logits.T, labels)                  # loss_t = cross_entropy_loss(logits, labels, axis=1)
     return (loss_i + loss_t) / 2                                # loss   = (loss_i + loss_t)/2
     # fmt: on
+
+
+def loss_over_captions(logits):
+    """The mean `contrastive_loss` of (n, k n) logits, of images that have k captions each, which stand side by side.
+
+    Each of its k terms has one caption of every image: an image's other captions are no wrong answers.
+    """
+    rounds = logits.unflatten(1, (len(logits), -1)).unbind(2)  # k of (n, n)
+    return sum(contrastive_loss(logits) for logits in rounds) / len(rounds)
 
 
 # ---- models from settings, and to and from run folders -----------------------------------------------------------

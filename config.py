@@ -56,6 +56,7 @@ class Config:
     heads_first: bool = True  # train new heads on pretrained, still towers before a tower is trained, in RUN_DIR/heads
     epochs: int = 0  # passes over the training images; 0: 60 where both towers are frozen, else 8
     batch_size: int = 0  # images a step, and so candidates for each caption; 0: 1000 where both are frozen, else 128
+    captions_per_image: int = 1  # captions that each image of a batch meets; the loss is the mean over them
     micro_batch_size: int = 0  # images that pass the towers at once; fewer take less memory, gradients stay; 0: all
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
@@ -270,7 +271,8 @@ def generated_a_batch(config):
 
 def check(config):
     """Raises UserError for a value outside its range."""
-    positive = ["max_length", "projection_dim", "cached_views", "head_lr", "image_encoder_lr", "text_encoder_lr"]
+    positive = ["max_length", "projection_dim", "cached_views", "captions_per_image"]
+    positive += ["head_lr", "image_encoder_lr", "text_encoder_lr"]
     positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
     positive += ["patch_size", "image_width", "image_layers", "image_heads"]
     for name in positive:
@@ -312,6 +314,8 @@ def check(config):
             "--gan joint: generated pictures have to pass the whole image tower, all at once; leave out "
             "--freeze image or both, --train-image-from and --micro-batch-size"
         )
+    if config.gan == "joint" and config.captions_per_image > 1:
+        raise UserError("--captions-per-image: a generated picture has one caption; leave it out with --gan joint")
     if config.train_image_from and config.freeze in ("image", "both"):
         raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
     if config.train_image_from and config.compile:

@@ -194,14 +194,14 @@ def as_batch(images):
 
 
 class CLIPDataset(Dataset):
-    """Pairs of an image and one of its captions.
+    """An image and some of its captions.
 
     images: pictures, or an (n, views, ...) tensor of features of a frozen tower or activations of a frozen trunk, of which one
     view is drawn.
     texts: a list of token id lists, or an (m, d_t) tensor of features of a frozen tower.
     size: of the random square crops, in pixels; crop: side of the smallest, as a share of a picture's shorter side.
 
-    An index is a (image, caption, seed) that `PairSampler` drew: all randomness comes from there, so an epoch is the
+    An index is a (image, captions, seed) that `PairSampler` drew: all randomness comes from there, so an epoch is the
     same with any number of workers and after a resume.
     """
 
@@ -215,10 +215,10 @@ class CLIPDataset(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        image, caption, seed = index
+        image, captions, seed = index
         kept = self.images[image]
         picture = kept[seed % len(kept)] if torch.is_tensor(kept) else self.random_crop(kept, seed)
-        return picture, self.texts[caption]
+        return picture, [self.texts[caption] for caption in captions]
 
     def random_crop(self, picture, seed):
         """A picture, (h, w, 3) uint8 -> (size, size, 3), augmented as the seed says."""
@@ -227,9 +227,10 @@ class CLIPDataset(Dataset):
 
 
 class PairSampler:
-    """Batches of (image, caption, seed) for an epoch: every image at most once, with one of its captions.
+    """Batches of (image, captions, seed) for an epoch: every image at most once, with some of its captions.
 
-    captions_of: for each image the positions of its captions. Images that do not fill the last batch sit an epoch out,
+    captions_of: for each image the positions of its captions, of which captions_per_image are drawn, none twice unless an image
+    has fewer. Images that do not fill the last batch sit an epoch out,
     because a smaller batch would be an easier task. Set `epoch` before each epoch.
 
     micro_batch_size: divides batch_size; each batch then comes in parts of this size, twice in a row, as
@@ -243,8 +244,11 @@ class PairSampler:
     start, the first step of an epoch that was begun before.
     """
 
-    def __init__(self, captions_of, batch_size, seed, micro_batch_size=0, sources=(), generated=0, ranks=(0, 1)):
+    def __init__(
+        self, captions_of, batch_size, seed, micro_batch_size=0, sources=(), generated=0, ranks=(0, 1), captions_per_image=1
+    ):
         self.captions_of, self.batch_size, self.seed, self.epoch = captions_of, batch_size, seed, 0
+        self.captions_per_image = captions_per_image
         self.real, self.sources, self.generated = len(captions_of) - len(sources), sources, generated
         self.steps, self.start = self.real // (batch_size - generated), 0
         rank, size = ranks
@@ -259,7 +263,8 @@ class PairSampler:
         order = rng.permutation(self.real)
         if self.generated:
             order = self.with_generated(order, rng)
-        captions = [rng.choice(self.captions_of[image]) for image in order]
+        own, count = [self.captions_of[image] for image in order], self.captions_per_image
+        captions = [rng.choice(choices, count, replace=len(choices) < count).tolist() for choices in own]
         seeds = rng.integers(2**31, size=len(order)).tolist()
         draws = list(zip(order.tolist(), captions, seeds))
         bounds = np.linspace(0, self.batch_size, self.parts + 1).round().astype(int)
@@ -299,10 +304,10 @@ def pad(texts, pad_id):
 
 
 def collate(pairs, pad_id):
-    """n pairs of a CLIPDataset -> {"image", "text", "attention_mask"}: (n, 3, size, size), (n, l), (n, l)."""
+    """n images with k captions each -> {"image", "text", "attention_mask"}: (n, 3, size, size), (k n, l), (k n, l)."""
     images, texts = zip(*pairs)
     image = torch.stack(images) if torch.is_tensor(images[0]) else as_batch(images)
-    text, attention_mask = pad(texts, pad_id)
+    text, attention_mask = pad(list(itertools.chain(*texts)), pad_id)
     return {"image": image, "text": text, "attention_mask": attention_mask}
 
 

@@ -29,7 +29,7 @@ def still_statistics(model):
 
 
 def embed(model, batch, device, dtype, seed):
-    """A micro-batch of m pairs -> its embeddings (I_e, T_e) of length 1, (m, d_e) each. seed: of dropout."""
+    """A micro-batch of m images, k captions each -> (I_e, T_e) of length 1, (m, d_e) and (k m, d_e). seed: of dropout."""
     torch.manual_seed(seed)
     image, text, mask = (None if value is None else value.to(device, non_blocking=True) for value in batch.values())
     with autocast(device, dtype):
@@ -38,22 +38,25 @@ def embed(model, batch, device, dtype, seed):
 
 
 def loss_and_gradients(I_e, T_e, logit_scale, rows, scaler):
-    """`clip.contrastive_loss` of the n pairs of all ranks, and the gradients of this rank's embeddings, (m, d_e) each.
+    """`clip.loss_over_captions` of the n images of all ranks, and the gradients of this rank's embeddings.
 
-    Each rank has its own rows of the (n, n) logits, `rows` at a time. Adds its share to logit_scale.grad.
+    I_e, T_e: this rank's, (m, d_e) and (k m, d_e), and so the gradients. Each rank has its own rows of the (n, n) logits of
+    each of the k rounds, `rows` at a time. Adds its share to logit_scale.grad.
     """
-    own = len(I_e)
+    own, k = len(I_e), len(T_e) // len(I_e)
     start = sum(distributed.counts(own)[: distributed.rank()])
-    I_e, T_e = (distributed.gather(embeddings).requires_grad_() for embeddings in (I_e, T_e))  # (n, d_e)
+    I_e, T_e = (distributed.gather(embeddings).requires_grad_() for embeddings in (I_e, T_e))
     n, total = len(I_e), torch.zeros((), device=I_e.device)
     for row in torch.arange(start, start + own, device=I_e.device).split(rows):
-        loss_i = F.cross_entropy(logit_scale.exp() * I_e[row] @ T_e.T, row, reduction="sum")
-        loss_t = F.cross_entropy(logit_scale.exp() * T_e[row] @ I_e.T, row, reduction="sum")
-        loss = (loss_i + loss_t) / (2 * n)
-        scaler.scale(loss).backward()
-        total = total + loss.detach()
-    gradients = [distributed.summed(embeddings.grad)[start : start + own] for embeddings in (I_e, T_e)]
-    return distributed.summed(total), *gradients
+        for T_k in T_e.unflatten(0, (n, k)).unbind(1):  # (n, d_e)
+            loss_i = F.cross_entropy(logit_scale.exp() * I_e[row] @ T_k.T, row, reduction="sum")
+            loss_t = F.cross_entropy(logit_scale.exp() * T_k[row] @ I_e.T, row, reduction="sum")
+            loss = (loss_i + loss_t) / (2 * n * k)
+            scaler.scale(loss).backward()
+            total = total + loss.detach()
+    gradient_i = distributed.summed(I_e.grad)[start : start + own]
+    gradient_t = distributed.summed(T_e.grad)[k * start : k * (start + own)]
+    return distributed.summed(total), gradient_i, gradient_t
 
 
 def backward(model, batches, seeds, device, dtype, scaler):
@@ -69,11 +72,12 @@ def backward(model, batches, seeds, device, dtype, scaler):
         with torch.no_grad(), still_statistics(model):
             embedded = [embed(model, next(batches), device, dtype, seed) for seed in seeds]
     rows = max(len(I_e) for I_e, _ in embedded)
-    I_e, T_e = (torch.cat(embeddings).detach() for embeddings in zip(*embedded))  # (m, d_e)
-    loss, *gradients = loss_and_gradients(I_e, T_e, model.logit_scale, rows, scaler)
+    I_e, T_e = (torch.cat(embeddings).detach() for embeddings in zip(*embedded))
+    loss, gradient_i, gradient_t = loss_and_gradients(I_e, T_e, model.logit_scale, rows, scaler)
     if len(seeds) == 1:
-        torch.autograd.backward(embedded[0], gradients)
+        torch.autograd.backward(embedded[0], [gradient_i, gradient_t])
     else:
-        for seed, *parts in zip(seeds, *(gradient.split(rows) for gradient in gradients)):
+        k = len(T_e) // len(I_e)
+        for seed, *parts in zip(seeds, gradient_i.split(rows), gradient_t.split(k * rows)):
             torch.autograd.backward(embed(model, next(batches), device, dtype, seed), parts)
     return loss

@@ -23,7 +23,7 @@ import gradient_cache
 from captions import load_captions, load_generated
 from card import write_card
 from checkpoint import best_rsum, has_checkpoint, load_last, only_run_in, save_last, start_run, write_history
-from clip import MAX_LOGIT_SCALE, contrastive_loss, create_model, load_weights, save_weights
+from clip import MAX_LOGIT_SCALE, create_model, load_weights, loss_over_captions, save_weights
 from config import SHAPES, fill_in, generated_a_batch, is_openai, parse_config
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
@@ -165,7 +165,7 @@ def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates,
                 image, adversarial = joint.replace(model, image, text, mask, scaler)
             with autocast(device, dtype):
                 logits, _ = model(image, text, mask)
-            loss = contrastive_loss(logits.float())
+            loss = loss_over_captions(logits.float())
             total = loss + adversarial
             scaler.scale(total).backward()
         scaler.step(optimizer)
@@ -243,7 +243,8 @@ def train(config):
     if config.heads_first and new_heads and config.freeze != "both" and not has_checkpoint(run_dir):
         begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
         print("heads first, on features of the towers held still")
-        still = replace(config, freeze="both", gan="none", train_image_from="", cached_views=1, micro_batch_size=0)
+        still = replace(config, freeze="both", gan="none", train_image_from="", cached_views=1, captions_per_image=1)
+        still = replace(still, micro_batch_size=0)
         still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
@@ -282,7 +283,8 @@ def train(config):
     captions_of = np.split(np.argsort(training.image_of_text, kind="stable"), np.bincount(training.image_of_text).cumsum()[:-1])
     extra = generated_a_batch(config) if generated else 0
     ranks = distributed.rank(), distributed.size()
-    sampler = PairSampler(captions_of, config.batch_size, config.seed, config.micro_batch_size, training.sources, extra, ranks)
+    args = captions_of, config.batch_size, config.seed, config.micro_batch_size, training.sources, extra, ranks
+    sampler = PairSampler(*args, config.captions_per_image)
     dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
     loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
     steps, width = config.epochs * sampler.steps, len(str(config.epochs))

@@ -161,9 +161,25 @@ def test_a_batch_holds_an_image_once_with_a_caption_of_its_own():
         assert [len(batch) for batch in batches] == [4, 4]
         images = [image for batch in batches for image, _, _ in batch]
         assert len(set(images)) == 8
-        assert all(owner[caption] == image for batch in batches for image, caption, _ in batch)
-        seen |= {caption for batch in batches for _, caption, _ in batch}
+        assert all(owner[caption] == image for batch in batches for image, (caption,), _ in batch)
+        seen |= {caption for batch in batches for _, (caption,), _ in batch}
     assert seen == set(owner)  # every caption is drawn sooner or later
+
+
+def test_an_image_comes_with_several_of_its_captions_side_by_side():
+    captions_of = [np.array([0, 1, 2]), np.array([3]), np.array([4, 5])]
+    sampler, seen = PairSampler(captions_of, batch_size=3, seed=0, captions_per_image=2), set()
+    for sampler.epoch in range(20):
+        (batch,) = sampler
+        drawn = {image: captions for image, captions, _ in batch}
+        assert all(set(captions) <= set(captions_of[image].tolist()) for image, captions in drawn.items())
+        assert drawn[1] == [3, 3] and len(set(drawn[0])) == len(set(drawn[2])) == 2  # twice only where there is one
+        seen |= set(drawn[0])
+    assert seen == {0, 1, 2}
+    views, texts = torch.arange(3.0).view(3, 1, 1), [[10 + i] for i in range(6)]
+    (loaded,) = train_loader(CLIPDataset(views, texts, 32), sampler, 0)
+    assert loaded["image"].flatten().tolist() == [image for image, _, _ in batch]
+    assert loaded["text"].flatten().tolist() == [10 + caption for _, captions, _ in batch for caption in captions]
 
 
 def test_an_epoch_is_the_same_again_and_with_workers(pictures, tmp_path):
@@ -197,7 +213,7 @@ def test_micro_batches_are_the_batch_in_parts_twice():
 def test_one_of_the_cached_views_is_drawn():
     views = torch.arange(12.0).view(2, 3, 2)  # two images, three views, activations of shape (2,)
     dataset = CLIPDataset(views, [[1]], size=32)
-    assert [dataset[(1, 0, seed)][0].tolist() for seed in (0, 1, 5)] == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
+    assert [dataset[(1, [0], seed)][0].tolist() for seed in (0, 1, 5)] == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
 
 
 def test_padding_reaches_the_longest_of_the_batch():

@@ -23,6 +23,8 @@ MICRO_BATCH_SIZES = (0, 2)
 def train_some(micro_batch_size):
     """(loss, weights, gradients) of a small model after ten steps, as the processes of this one's group take them together.
 
+    Each image meets two captions a step.
+
     The optimizer is plain SGD: Adam makes full steps of the rounding errors of gradients that are zero but for those.
     """
     torch.manual_seed(0)
@@ -32,7 +34,8 @@ def train_some(micro_batch_size):
     images = list(np.random.default_rng(0).integers(256, size=(N, 32, 32, 3), dtype=np.uint8))
     texts = [torch.randint(1, 60, (4 + i % 5,)).tolist() for i in range(N)]
     ranks = distributed.rank(), distributed.size()
-    sampler = PairSampler([[i] for i in range(N)], BATCH, 0, micro_batch_size, ranks=ranks)
+    captions_of = [[i, (i + 1) % N] for i in range(N)]
+    sampler = PairSampler(captions_of, BATCH, 0, micro_batch_size, ranks=ranks, captions_per_image=2)
     loader = train_loader(CLIPDataset(images, texts, 32, 1.0), sampler, 0)
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "peak": 1e-2}], lr=0)
     loss = main.train_epoch(model, loader, sampler, optimizer, SCALER, CPU, torch.float32, [1.0] * STEPS, "")

@@ -7,7 +7,7 @@ import torch
 import transformers
 
 import gradient_cache
-from clip import CLIPModel, contrastive_loss
+from clip import CLIPModel, contrastive_loss, loss_over_captions
 from modules import ImageEncoder, TextEncoder
 from tokenizer import train_tokenizer
 from towers import random_text_tower
@@ -64,6 +64,21 @@ def test_without_randomness_it_is_the_plain_steps_gradient(model, micro_batches)
     model.zero_grad()
     logits, _ = model(*(torch.cat([batch[name] for batch in micro_batches]) for name in ("image", "text", "attention_mask")))
     expected = contrastive_loss(logits)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert ((found - gradient(model)).norm() / gradient(model).norm()).item() < 1e-5
+
+
+def test_images_may_have_several_captions(model, micro_batches):
+    model.eval()
+    for batch in micro_batches:
+        batch["text"] = torch.randint(1, 60, (3 * MICRO, 9))
+        batch["attention_mask"] = torch.ones_like(batch["text"])
+    loss = cached(model, micro_batches)
+    found = gradient(model)
+    model.zero_grad()
+    logits, _ = model(*(torch.cat([batch[name] for batch in micro_batches]) for name in ("image", "text", "attention_mask")))
+    expected = loss_over_captions(logits)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     assert ((found - gradient(model)).norm() / gradient(model).norm()).item() < 1e-5

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from open_clip import ClipLoss
 from torch import nn
 
-from clip import CLIPModel, contrastive_loss
+from clip import CLIPModel, contrastive_loss, loss_over_captions
 from modules import ProjectionHead
 
 
@@ -51,6 +51,12 @@ def test_loss_and_gradients_equal_open_clip():
 
 def test_loss_of_equal_logits_is_chance():
     assert contrastive_loss(torch.zeros(64, 64)).item() == pytest.approx(math.log(64))
+
+
+def test_an_images_own_captions_are_no_wrong_answers():
+    logits = np.random.default_rng(0).normal(size=(4, 12)) * 3  # captions 3 i to 3 i + 2 are those of image i
+    expected = np.mean([loss_by_hand(logits[:, k::3]) for k in range(3)])
+    assert loss_over_captions(torch.tensor(logits)).item() == pytest.approx(expected, abs=1e-12)
 
 
 class Tower(nn.Module):

@@ -64,7 +64,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_pat
         {},
         {"freeze": "image"},
         {"schedule": "plateau", "patience": 0},
-        {"micro_batch_size": 8},
+        {"micro_batch_size": 8, "captions_per_image": 2},
         {"gan": "joint", "freeze": "text"},
         {"ema_decay": 0.9, "freeze": "text"},
     ],
