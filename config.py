@@ -169,6 +169,7 @@ BEST = replace(
     train_image_from="blocks.5",
     cached_views=8,
     batch_size=256,
+    captions_per_image=3,
     epochs=12,
     image_encoder_lr=1e-3,
     text_encoder_lr=2e-4,
