@@ -142,7 +142,7 @@ def create_model(config, captions):
             tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
         sizes = config.text_width, config.text_layers, config.text_heads, tokenizer.get_vocab_size(), config.max_length
         text_tower = transformers.AutoModel.from_config(random_text_tower(config.text_encoder, *sizes))
-    text_encoder = TextEncoder(text_tower, config.pooling)
+    text_encoder = TextEncoder(text_tower, config.pooling, config.text_feature_layers)
     tokenizer.enable_truncation(min(config.max_length, text_encoder.max_length))
     model = join_towers(config, image_encoder, text_encoder, tokenizer)
     if from_openai:
@@ -153,7 +153,7 @@ def create_model(config, captions):
 def create_image_encoder(config, weights, size=0):
     name, *_ = OPENAI.get(config.image_encoder, [config.image_encoder])
     sizes = config.patch_size, config.image_width, config.image_layers, config.image_heads
-    return ImageEncoder(name, weights, size or config.size, sizes)
+    return ImageEncoder(name, weights, size or config.size, sizes, tuple(filter(None, config.image_feature_stages.split(","))))
 
 
 def join_towers(config, image_encoder, text_encoder, tokenizer):
@@ -214,7 +214,7 @@ def load(name, device="auto", jit=False):
         run = load_run(name)
         image_encoder = create_image_encoder(run["config"], "random", run["towers"]["image"]["size"])
         text_tower = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**run["towers"]["text"]))
-        text_encoder = TextEncoder(text_tower, run["towers"]["pooling"])
+        text_encoder = TextEncoder(text_tower, run["towers"]["pooling"], run["config"].text_feature_layers)
         model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
         load_weights(model, name)
         model.run_dir = str(name)

@@ -41,6 +41,8 @@ class Config:
     vocab_size: int = 8192  # most entries of a vocabulary made from the training captions; clip has OpenAI's instead
     max_length: int = 200  # tokens; longer captions are cut
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
+    image_feature_stages: str = ""  # stages whose mean outputs join the image tower's features, as blocks.5,blocks.6
+    text_feature_layers: int = 1  # last layers of the text tower whose pooled outputs join as its features
     freeze: Literal["none", "image", "text", "both"] = "none"  # towers kept still; their features are computed once
     train_image_from: str = ""  # stage that the image tower is trained from; what lies below is computed once a view
     cached_views: int = 4  # random crops of a training image that pass a frozen tower or trunk; 1: its middle square
@@ -272,7 +274,7 @@ def generated_a_batch(config):
 
 def check(config):
     """Raises UserError for a value outside its range."""
-    positive = ["max_length", "projection_dim", "cached_views", "captions_per_image"]
+    positive = ["max_length", "projection_dim", "cached_views", "captions_per_image", "text_feature_layers"]
     positive += ["head_lr", "image_encoder_lr", "text_encoder_lr"]
     positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
     positive += ["patch_size", "image_width", "image_layers", "image_heads"]
@@ -328,6 +330,9 @@ def check(config):
         )
     if is_openai(config) and (config.image_weights == "random") != (config.text_weights == "random"):
         raise UserError("--image-weights, --text-weights: the towers of OpenAI's model are both random, or neither is")
+    several = config.image_feature_stages or is_openai(config) and config.text_feature_layers > 1
+    if config.image_encoder in OPENAI and config.image_weights != "random" and several:
+        raise UserError("--image-feature-stages, --text-feature-layers: OpenAI's heads take their towers' own features alone")
     if config.image_encoder == "vit" and config.image_width % config.image_heads:
         raise UserError(f"--image-width {config.image_width}: must be a multiple of --image-heads {config.image_heads}")
     if config.text_weights == "random" and config.text_width % config.text_heads:

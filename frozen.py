@@ -46,7 +46,8 @@ def kept_views(encoder, pairs, image_dir, folder, views, crop, seed, device, dty
     else:
         run, kind, shape, kept = encoder, "image-features", (encoder.width,), torch.float32
     cut = (views, crop, seed) if views > 1 else None
-    key = key_of(key_of_weights(encoder), encoder.stage, VIEW, cut, encoder.size, dtype, file_facts(names))
+    ends = encoder.stage or encoder.feature_stages
+    key = key_of(key_of_weights(encoder), ends, VIEW, cut, encoder.size, dtype, file_facts(names))
     gigabytes = n * views * np.prod(shape) * kept.itemsize / 1e9
     cutter = CLIPDataset(pairs.pictures, pairs.texts, encoder.size, crop)
     seeds = np.random.default_rng(seed).integers(2**31, size=(n, views))
@@ -77,6 +78,6 @@ def kept_views(encoder, pairs, image_dir, folder, views, crop, seed, device, dty
 def kept_text_features(model, texts, folder, device, dtype):
     """The features of m lists of token ids, (m, d_t), in fp32."""
     encoder = model.text_encoder
-    key = key_of(key_of_weights(encoder), encoder.pooling, dtype, texts)
+    key = key_of(key_of_weights(encoder), encoder.pooling, encoder.layers, dtype, texts)
     path, shape = folder / f"text-features-{key}.npy", (len(texts), encoder.width)
     return cached_tensor(path, shape, torch.float32, lambda: [text_features(model, texts, device, dtype)])

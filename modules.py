@@ -26,13 +26,14 @@ class ImageEncoder(nn.Module):
     weights: "pretrained" (from the model hub), "random", or the path of a weight file with timm's key names.
     size: height and width of the input in pixels; 0 for the tower's own.
     sizes: patch_size, width, layers and heads of a `sized_image_tower`.
+    feature_stages: names of `stages` whose outputs, averaged over the picture, stand behind the tower's own features.
 
     Attributes: width (d_i), size, attention_pool (whether the tower ends in one), and mean and std of the pixels that it
     expects, (1, 3, 1, 1) in units of 0 to 255.
     Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
 
-    def __init__(self, name, weights="random", size=0, sizes=None):
+    def __init__(self, name, weights="random", size=0, sizes=None, feature_stages=()):
         super().__init__()
         if name in SIZED:
             if weights != "random" or not size:
@@ -48,6 +49,16 @@ class ImageEncoder(nn.Module):
         self.attention_pool = isinstance(getattr(self.tower, "head", None), AttentionPool2d)
         self.pretrained = weights != "random"
         self.stage, self.activation_shape = None, None
+        self.feature_stages = feature_stages
+        if feature_stages:
+            unknown = sorted(set(feature_stages) - set(self.stages()))
+            if unknown:
+                known = ", ".join(self.stages())
+                raise UserError(f"--image-feature-stages {','.join(feature_stages)}: no {unknown[0]}; there are {known}")
+            self.eval()  # as BatchNorm would else count these pictures
+            with torch.no_grad():
+                self.width = self.features(torch.zeros(2, 3, self.size, self.size)).shape[1]
+            self.train()
         speed_up(self.tower, self.size)
         self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(data["std"]).view(1, 3, 1, 1))
@@ -122,14 +133,32 @@ class ImageEncoder(nn.Module):
     def forward(self, image):
         """image: (n, 3, h, w) uint8 or float pixels of 0 to 255, or activations of `trunk` -> (n, d_i) features."""
         if image.shape[1:] != self.activation_shape:
-            return self.tower((image - self.mean) / self.std)
+            return self.features((image - self.mean) / self.std)
         # The tower runs on one grey image, whose activations give way to these where the stage begins.
         stage = self.tower.get_submodule(self.stage)
         hook = stage.register_forward_pre_hook(lambda module, inputs: (image, *inputs[1:]))
         try:
-            return self.tower(torch.zeros(1, 3, self.size, self.size, device=image.device))
+            return self.features(torch.zeros(1, 3, self.size, self.size, device=image.device))
         finally:
             hook.remove()
+
+    def features(self, image):
+        """What the tower makes of normalised pixels, and behind it the mean outputs of `feature_stages`, (n, d_i)."""
+        if not self.feature_stages:
+            return self.tower(image)
+        outputs = []
+        hooks = [
+            self.tower.get_submodule(stage).register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            for stage in self.feature_stages
+        ]
+        try:
+            own = self.tower(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        last = getattr(self.tower, "output_fmt", "NCHW") == "NHWC"  # where the tower has its channels
+        places = {4: (1, 2) if last else (2, 3), 3: (1,)}
+        return torch.cat([own, *(output.mean(dim=places[output.ndim]) for output in outputs)], dim=1)
 
 
 class TextEncoder(nn.Module):
@@ -138,16 +167,20 @@ class TextEncoder(nn.Module):
     tower: a transformers model whose output has last_hidden_state.
     pooling: "first", "mean" (over the real tokens), "last" (real token), or "auto": the last for towers whose tokens see
     only what stands before them, the mean for those that see both ways.
+    layers: how many of the tower's last layers give features; those of each stand side by side, the last layer's first.
 
     Attributes: width (d_t), pooling (never "auto"), and max_length, the most tokens that the tower takes.
     """
 
-    def __init__(self, tower, pooling="auto"):
+    def __init__(self, tower, pooling="auto", layers=1):
         super().__init__()
+        if layers > tower.config.num_hidden_layers:
+            raise UserError(f"--text-feature-layers {layers}: this tower has {tower.config.num_hidden_layers}")
         self.tower = tower
         if getattr(tower, "pooler", None) is not None:
             tower.pooler = None  # unused, and a parameter without a gradient troubles optimizers and processes
-        self.width = tower.config.hidden_size
+        self.layers = layers
+        self.width = layers * tower.config.hidden_size
         self.max_length = getattr(tower.config, "max_position_embeddings", None) or 10**6
         self.pooling = pooling if pooling != "auto" else "last" if self.is_causal() else "mean"
 
@@ -173,7 +206,11 @@ class TextEncoder(nn.Module):
 
     def pooled(self, input_ids, attention_mask):
         """`forward` of captions that pass the tower together."""
-        hidden = self.tower(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state  # (n, l, d_t)
+        several = {"output_hidden_states": True} if self.layers > 1 else {}
+        outputs = self.tower(input_ids=input_ids, attention_mask=attention_mask, **several)
+        hidden = outputs.last_hidden_state  # (n, l, d_t)
+        if several:
+            hidden = torch.cat([hidden, *outputs.hidden_states[-2 : -1 - self.layers : -1]], dim=2)
         if self.pooling == "first":
             return hidden[:, 0]
         if self.pooling == "last":
@@ -236,14 +273,19 @@ class TextMixer(transformers.PreTrainedModel):
         self.norm = nn.LayerNorm(config.hidden_size)
         self.post_init()
 
-    def forward(self, input_ids, attention_mask=None):
-        """input_ids, attention_mask: (n, l), l at most the context -> an output with last_hidden_state, (n, l, d_t)."""
+    def forward(self, input_ids, attention_mask=None, output_hidden_states=False):
+        """input_ids, attention_mask: (n, l), l at most the context -> an output with last_hidden_state, (n, l, d_t).
+
+        output_hidden_states: it then also has hidden_states, a tuple of what each layer was given and the last one gave.
+        """
         x = self.token_embedding(input_ids)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         mask = mask.unsqueeze(-1).to(x.dtype)  # (n, l, 1)
+        hidden_states = [x]
         for layer in self.layers:
-            x = layer(x, mask)
-        return BaseModelOutput(last_hidden_state=self.norm(x))
+            hidden_states.append(layer(hidden_states[-1], mask))
+        last = self.norm(hidden_states[-1])
+        return BaseModelOutput(last_hidden_state=last, hidden_states=tuple(hidden_states) if output_hidden_states else None)
 
 
 transformers.AutoConfig.register(TextMixerConfig.model_type, TextMixerConfig)

@@ -18,10 +18,10 @@ from towers import load_pretrained, random_text_tower
 CAPTIONS = ["a red circle is left of a blue square", "two dogs run over the grass", "a dog jumps"]
 
 
-def text_encoder(model_type, pooling="auto"):
+def text_encoder(model_type, pooling="auto", layers=1):
     torch.manual_seed(0)
     config = random_text_tower(model_type, width=32, layers=2, heads=4, vocab_size=60, max_length=16)
-    return TextEncoder(transformers.AutoModel.from_config(config), pooling).eval()
+    return TextEncoder(transformers.AutoModel.from_config(config), pooling, layers).eval()
 
 
 def test_pixels_are_normalised_as_timm_says():
@@ -38,6 +38,39 @@ def test_pixels_are_normalised_as_timm_says():
 def test_any_timm_tower_gives_features_of_its_width_at_another_size(name):
     encoder = ImageEncoder(name, size=96).eval()
     assert encoder(torch.zeros(2, 3, 96, 96)).shape == (2, encoder.width)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages", "indices"), [("test_resnet", "layer2 layer3", [2, 3]), ("test_vit", "blocks.1", [1])]
+)
+def test_stages_add_their_means_to_the_features(name, stages, indices):
+    torch.manual_seed(0)
+    encoder = ImageEncoder(name, size=96, feature_stages=tuple(stages.split())).eval()
+    image = torch.randint(256, (3, 3, 96, 96), dtype=torch.uint8)
+    options = {"output_fmt": "NLC", "return_prefix_tokens": True} if name == "test_vit" else {}
+    pixels = (image - encoder.mean) / encoder.std
+    last, outputs = encoder.tower.forward_intermediates(pixels, indices=indices, **options)
+    outputs = [torch.cat(output, 1).mT if options else output.flatten(2) for output in outputs]  # (n, channels, places)
+    expected = torch.cat([encoder.tower.forward_head(last), *(output.mean(2) for output in outputs)], 1)
+    assert encoder.width == expected.shape[1] > encoder.tower.num_features
+    torch.testing.assert_close(encoder(image), expected, atol=1e-5, rtol=1e-5)
+    encoder.train_from(stages.split()[0])
+    torch.testing.assert_close(encoder(encoder.trunk(image)), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="no layer9; there are .*" + stages.split()[0]):
+        ImageEncoder(name, size=96, feature_stages=("layer9",))
+
+
+@pytest.mark.parametrize("model_type", ["distilbert", "gpt2", "mixer"])
+def test_the_last_layers_of_a_text_tower_stand_side_by_side(model_type):
+    encoder, one = text_encoder(model_type, "mean", layers=2), text_encoder(model_type, "mean")
+    input_ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
+    mask = (input_ids > 0).long()
+    before_last = encoder.tower(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    by_hand = torch.stack([before_last[0].mean(0), before_last[1, :2].mean(0)])
+    assert encoder.width == 64
+    torch.testing.assert_close(encoder(input_ids, mask), torch.cat([one(input_ids, mask), by_hand], 1))
+    with pytest.raises(UserError, match="--text-feature-layers 3: this tower has 2"):
+        text_encoder(model_type, layers=3)
 
 
 @pytest.mark.parametrize("kind", ["vit", "mixer", "modified_resnet"])

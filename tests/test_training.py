@@ -50,6 +50,16 @@ def test_a_run_folder_is_complete_and_loads_without_its_sources(small_flags, tmp
     assert loaded.tokenizer.to_str() == model.tokenizer.to_str()
 
 
+def test_features_of_several_layers_train_and_come_back(small_flags, tmp_path):
+    layers = {"image_feature_stages": "layer3,layer4", "text_feature_layers": 2}
+    model = train(small_flags(freeze="both", text_layers=2, **layers)).eval()
+    loaded, _ = clip.load(tmp_path / "run", device="cpu")
+    assert_equal_weights(model.state_dict(), loaded.state_dict())
+    image = torch.randint(256, (2, 3, model.image_encoder.size, model.image_encoder.size))
+    assert torch.equal(model.encode_image(image), loaded.encode_image(image))
+    assert torch.equal(model.encode_text(text := torch.tensor([[5, 6, 7]])), loaded.encode_text(text))
+
+
 def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_path):
     for run, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(small_flags(run, seed=seed))

@@ -85,10 +85,13 @@ def test_onnx_files_give_the_same_embeddings(run, tmp_path):
     check_onnx(clip.load(run, "cpu")[0], tmp_path / "run")
 
 
-@pytest.mark.parametrize("preset", ["gpt2", "paper", "mixer"])
-def test_every_preset_of_the_sample_becomes_onnx_files(preset, tmp_path):
+LAYERS = {"image_feature_stages": "layer2,layer3", "text_feature_layers": 2}
+
+
+@pytest.mark.parametrize(("preset", "options"), [("gpt2", {}), ("gpt2", LAYERS), ("paper", {}), ("mixer", {})])
+def test_every_preset_of_the_sample_becomes_onnx_files(preset, options, tmp_path):
     captions = ["a red circle", "a large blue star left of a small ring", "a"] * 20
-    model = clip.create_model(fill_in(replace(PRESETS[preset], data_dir=str(tmp_path))), captions).eval()
+    model = clip.create_model(fill_in(replace(PRESETS[preset], data_dir=str(tmp_path), **options)), captions).eval()
     export_onnx(model, tmp_path)
     check_onnx(model, tmp_path)
 
