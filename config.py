@@ -161,12 +161,16 @@ FAST = Config(
     image_encoder="tf_efficientnet_lite2",
     size=288,
     text_encoder="sentence-transformers/all-MiniLM-L6-v2",
+    image_feature_stages="blocks.5,blocks.6",
+    text_feature_layers=3,
     freeze="both",
     cached_views=2,
 )
 BEST = replace(
     FAST,
     run_dir="runs/best",
+    image_feature_stages="",
+    text_feature_layers=1,
     freeze="none",
     train_image_from="blocks.5",
     cached_views=8,
@@ -177,7 +181,7 @@ BEST = replace(
     text_encoder_lr=2e-4,
     ema_decay=0.98,
 )
-RESNET50 = {"image_encoder": "resnet50", "size": 0, "text_encoder": "distilbert-base-uncased"}
+RESNET50 = {"image_encoder": "resnet50", "image_feature_stages": "", "size": 0, "text_encoder": "distilbert-base-uncased"}
 PRESETS = {
     "flickr8k": Config(run_dir="runs/flickr8k"),
     "fast": FAST,
