@@ -51,13 +51,16 @@ class ImageEncoder(nn.Module):
         self.stage, self.activation_shape = None, None
         self.feature_stages = feature_stages
         if feature_stages:
+            flag, known = f"--image-feature-stages {','.join(feature_stages)}", ", ".join(self.stages())
             unknown = sorted(set(feature_stages) - set(self.stages()))
             if unknown:
-                known = ", ".join(self.stages())
-                raise UserError(f"--image-feature-stages {','.join(feature_stages)}: no {unknown[0]}; there are {known}")
+                raise UserError(f"{flag}: no {unknown[0]}; there are {known}")
             self.eval()  # as BatchNorm would else count these pictures
-            with torch.no_grad():
-                self.width = self.features(torch.zeros(2, 3, self.size, self.size)).shape[1]
+            try:
+                with torch.no_grad():
+                    self.width = self.features(torch.zeros(2, 3, self.size, self.size)).shape[1]
+            except (AttributeError, KeyError):
+                raise UserError(f"{flag}: not all give a map or tokens to average; there are {known}") from None
             self.train()
         speed_up(self.tower, self.size)
         self.register_buffer("mean", 255 * torch.tensor(data["mean"]).view(1, 3, 1, 1))
@@ -97,7 +100,10 @@ class ImageEncoder(nn.Module):
         except (AttributeError, IndexError, RuntimeError):
             agree = False
         if not agree:
-            raise UserError(f"--train-image-from {stage}: this tower cannot be cut there; there are {', '.join(self.stages())}")
+            flags = f"--train-image-from {stage}"
+            if self.feature_stages:  # one below the cut does not run again
+                flags += f" --image-feature-stages {','.join(self.feature_stages)}"
+            raise UserError(f"{flags}: this tower cannot be cut there; there are {', '.join(self.stages())}")
         parameters = list(self.tower.parameters())
         gradients = torch.autograd.grad(resumed.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients):

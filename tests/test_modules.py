@@ -60,6 +60,13 @@ def test_stages_add_their_means_to_the_features(name, stages, indices):
         ImageEncoder(name, size=96, feature_stages=("layer9",))
 
 
+def test_feature_stages_that_give_no_map_or_lie_below_the_cut_are_refused():
+    with pytest.raises(UserError, match="--image-feature-stages stages.1,head: not all give a map"):
+        ImageEncoder("test_convnext", size=96, feature_stages=("stages.1", "head"))
+    with pytest.raises(UserError, match="--train-image-from layer3 --image-feature-stages layer1: .* cannot be cut there"):
+        ImageEncoder("test_resnet", size=64, feature_stages=("layer1",)).train_from("layer3")
+
+
 @pytest.mark.parametrize("model_type", ["distilbert", "gpt2", "mixer"])
 def test_the_last_layers_of_a_text_tower_stand_side_by_side(model_type):
     encoder, one = text_encoder(model_type, "mean", layers=2), text_encoder(model_type, "mean")
