@@ -170,7 +170,7 @@ def test_kill_9_while_a_checkpoint_is_written_loses_nothing(ended, whole, tmp_pa
 
 def act_at_step(number, act, *values):
     """This process calls act(*values) while it takes a step."""
-    loss = main.contrastive_loss
+    loss = main.loss_over_captions
 
     def acting(logits):
         STEPS.append(None)
@@ -178,7 +178,7 @@ def act_at_step(number, act, *values):
             act(*values)
         return loss(logits)
 
-    main.contrastive_loss = acting
+    main.loss_over_captions = acting
 
 
 def terminate_oneself():
@@ -410,7 +410,7 @@ def test_weights_that_are_not_finite_are_not_saved(ended, tmp_path):
 
 def poison():
     """The next loss of this process is not a number."""
-    main.contrastive_loss = lambda logits: logits.sum() * float("nan")
+    main.loss_over_captions = lambda logits: logits.sum() * float("nan")
 
 
 def test_the_deterministic_flag_changes_nothing_on_a_cpu(ended, whole, tmp_path):
