@@ -72,7 +72,7 @@ def measure(
         pictures, _ = decode_images([image_dir / name for name in names], size, cache_dir)
         dataset = CLIPDataset(pictures, [[1]], size, crop=0.85)
         order = torch.randperm(len(names)).tolist()
-        indices = [[(i, 0, i) for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
+        indices = [[(i, [0], i) for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
         loader = train_loader(dataset, indices, 0, num_workers, device.type == "cuda")
 
         def ours():
