@@ -229,9 +229,9 @@ class CLIPDataset(Dataset):
 class PairSampler:
     """Batches of (image, captions, seed) for an epoch: every image at most once, with some of its captions.
 
-    captions_of: for each image the positions of its captions, of which captions_per_image are drawn, none twice unless an image
-    has fewer. Images that do not fill the last batch sit an epoch out,
-    because a smaller batch would be an easier task. Set `epoch` before each epoch.
+    captions_of: for each image the positions of its captions, of which captions_per_image are drawn, none twice unless there
+    are fewer. Images that do not fill the last batch sit an epoch out, because a smaller batch would be an easier task. Set
+    `epoch` before each epoch.
 
     micro_batch_size: divides batch_size; each batch then comes in parts of this size, twice in a row, as
     `gradient_cache.backward` takes them. ranks: (rank, how many there are); each has its own parts of every batch.

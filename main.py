@@ -243,9 +243,9 @@ def train(config):
     if config.heads_first and new_heads and config.freeze != "both" and not has_checkpoint(run_dir):
         begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
         print("heads first, on features of the towers held still")
-        still = replace(config, freeze="both", gan="none", train_image_from="", cached_views=1, captions_per_image=1)
-        still = replace(still, micro_batch_size=0)
-        still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0, run_dir=str(run_dir / "heads"), resume=begun))
+        still = replace(config, freeze="both", gan="none", train_image_from="", run_dir=str(run_dir / "heads"), resume=begun)
+        still = replace(still, cached_views=1, captions_per_image=1, micro_batch_size=0)
+        still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
         if writes:
