@@ -24,6 +24,11 @@ SEEDED_SHARES = {"val": 0.1, "test": 0.1}
 SHOWN = 3  # bad rows or files that an error names; the rest is counted
 
 
+def is_sided(caption):
+    """True where an English caption speaks of left or right, so that it may not hold of the picture's mirror image."""
+    return re.search(r"\b(left|right)", caption, re.IGNORECASE) is not None
+
+
 def find_captions(data_dir):
     """The captions file of a data folder. Raises UserError where there is none, or a choice to make."""
     data_dir = Path(data_dir)

@@ -153,7 +153,8 @@ def create_model(config, captions):
 def create_image_encoder(config, weights, size=0):
     name, *_ = OPENAI.get(config.image_encoder, [config.image_encoder])
     sizes = config.patch_size, config.image_width, config.image_layers, config.image_heads
-    return ImageEncoder(name, weights, size or config.size, sizes, tuple(filter(None, config.image_feature_stages.split(","))))
+    stages = tuple(filter(None, config.image_feature_stages.split(",")))
+    return ImageEncoder(name, weights, size or config.size, sizes, stages, config.image_drop_path)
 
 
 def join_towers(config, image_encoder, text_encoder, tokenizer):

@@ -69,6 +69,8 @@ class Config:
     patience: int = 1  # plateau: epochs without a better rsum that are let pass
     factor: float = 0.8  # plateau: what the rates are multiplied by then
     ema_decay: float = 0.0  # a step, of a moving average of the weights, which then is what is scored and kept; 0: none
+    image_drop_path: float = 0.0  # stochastic depth: how often the image tower's last layer is skipped, earlier ones less
+    mirror: bool = False  # half of the training crops are mirror images, but not beside captions that say left or right
     crop: float = 0.85  # side of the smallest random training crop, as a share of the image's shorter side; 1: no zoom
 
     # Generated pictures
@@ -169,8 +171,6 @@ FAST = Config(
 BEST = replace(
     FAST,
     run_dir="runs/best",
-    image_feature_stages="",
-    text_feature_layers=1,
     freeze="none",
     train_image_from="blocks.5",
     cached_views=8,
@@ -180,6 +180,8 @@ BEST = replace(
     image_encoder_lr=1e-3,
     text_encoder_lr=2e-4,
     ema_decay=0.98,
+    image_drop_path=0.1,
+    mirror=True,
 )
 RESNET50 = {"image_encoder": "resnet50", "image_feature_stages": "", "size": 0, "text_encoder": "distilbert-base-uncased"}
 PRESETS = {
@@ -299,7 +301,7 @@ def check(config):
     ]:
         if getattr(config, name) < 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "warmup", "ema_decay"]:
+    for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "image_drop_path", "warmup", "ema_decay"]:
         if not 0 <= getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0 and below 1")
     for name in ["crop", "factor"]:
@@ -325,6 +327,8 @@ def check(config):
         raise UserError("--captions-per-image: a generated picture has one caption; leave it out with --gan joint")
     if config.train_image_from and config.freeze in ("image", "both"):
         raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
+    if config.mirror and config.cached_views == 1 and (config.train_image_from or config.freeze in ("image", "both")):
+        raise UserError("--mirror: --cached-views 1 keeps middle squares only; keep 2 or more")
     if config.train_image_from and config.compile:
         raise UserError("--compile: does not go with --train-image-from, which enters the tower half-way; leave one out")
     if config.text_encoder == "clip" and config.text_weights == "pretrained" and not is_openai(config):

@@ -200,15 +200,16 @@ class CLIPDataset(Dataset):
     view is drawn.
     texts: a list of token id lists, or an (m, d_t) tensor of features of a frozen tower.
     size: of the random square crops, in pixels; crop: side of the smallest, as a share of a picture's shorter side.
+    sided: for each text whether it says left or right. Where given, half of the crops, and every second view, are mirror
+    images, but not beside such a text.
 
     An index is a (image, captions, seed) that `PairSampler` drew: all randomness comes from there, so an epoch is the
     same with any number of workers and after a resume.
     """
 
-    def __init__(self, images, texts, size, crop=1.0):
-        self.images, self.texts = images, texts
-        # The paper's one augmentation is a random square crop. No mirror images: captions say left and right.
-        # New augmentations go into this list.
+    def __init__(self, images, texts, size, crop=1.0, sided=None):
+        self.images, self.texts, self.sided = images, texts, sided
+        # The paper's one augmentation is a random square crop. New augmentations go into this list.
         self.augment = A.Compose([A.RandomSizedCrop((max(1, round(crop * size)), size), (size, size), w2h_ratio=1.0)])
 
     def __len__(self):
@@ -216,14 +217,19 @@ class CLIPDataset(Dataset):
 
     def __getitem__(self, index):
         image, captions, seed = index
-        kept = self.images[image]
-        picture = kept[seed % len(kept)] if torch.is_tensor(kept) else self.random_crop(kept, seed)
+        kept, sided = self.images[image], self.sided and any(self.sided[caption] for caption in captions)
+        if torch.is_tensor(kept):
+            view = seed % len(kept)
+            picture = kept[view - view % 2 if sided else view]
+        else:
+            picture = self.random_crop(kept, seed, self.sided and not sided and seed % 2)
         return picture, [self.texts[caption] for caption in captions]
 
-    def random_crop(self, picture, seed):
+    def random_crop(self, picture, seed, mirrored=False):
         """A picture, (h, w, 3) uint8 -> (size, size, 3), augmented as the seed says."""
         self.augment.set_random_seed(seed)
-        return self.augment(image=picture)["image"]
+        cropped = self.augment(image=picture)["image"]
+        return cropped[:, ::-1] if mirrored else cropped
 
 
 class PairSampler:

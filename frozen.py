@@ -21,7 +21,7 @@ def freeze_towers(config, model, splits, image_dir, device, dtype):
     for split, pairs in splits.items():
         views = config.cached_views if split == "train" else 1
         if freeze_image or config.train_image_from:
-            pairs.images = kept_views(image_encoder, pairs, image_dir, folder, views, config.crop, config.seed, device, dtype)
+            pairs.images = kept_views(config, image_encoder, pairs, image_dir, views, device, dtype)
         if freeze_text:
             pairs.texts = kept_text_features(model, pairs.texts, folder, device, dtype)
     new_heads = not is_openai(config) or config.image_weights == "random"  # trained ones expect features as they are
@@ -35,29 +35,31 @@ def freeze_towers(config, model, splits, image_dir, device, dtype):
             model.text_projection.standardise(splits["train"].texts)
 
 
-def kept_views(encoder, pairs, image_dir, folder, views, crop, seed, device, dtype):
+def kept_views(config, encoder, pairs, image_dir, views, device, dtype):
     """What the tower, or its trunk if it has one, makes of `views` random crops of each image; one is the middle square.
+
+    With --mirror every second crop is a mirror image.
 
     Returns (n, views, d_i) features in fp32, or (n, views, ...) activations in dtype.
     """
-    n, names = len(pairs.names), [image_dir / name for name in pairs.names]
+    n, names, folder = len(pairs.names), [image_dir / name for name in pairs.names], Path(config.cache_dir)
     if encoder.stage:
         run, kind, shape, kept = encoder.trunk, "activations", tuple(encoder.activation_shape), dtype
     else:
         run, kind, shape, kept = encoder, "image-features", (encoder.width,), torch.float32
-    cut = (views, crop, seed) if views > 1 else None
+    cut = (views, config.crop, config.mirror, config.seed) if views > 1 else None
     ends = encoder.stage or encoder.feature_stages
     key = key_of(key_of_weights(encoder), ends, VIEW, cut, encoder.size, dtype, file_facts(names))
     gigabytes = n * views * np.prod(shape) * kept.itemsize / 1e9
-    cutter = CLIPDataset(pairs.pictures, pairs.texts, encoder.size, crop)
-    seeds = np.random.default_rng(seed).integers(2**31, size=(n, views))
+    cutter = CLIPDataset(pairs.pictures, pairs.texts, encoder.size, config.crop)
+    seeds = np.random.default_rng(config.seed).integers(2**31, size=(n, views)).tolist()
 
     def crops():
         for i, picture in enumerate(pairs.pictures):
             if views == 1:
                 yield center_crop(picture, encoder.size)
             else:
-                yield from (cutter.random_crop(picture, int(s)) for s in seeds[i])
+                yield from (cutter.random_crop(picture, seed, config.mirror and k % 2) for k, seed in enumerate(seeds[i]))
 
     @torch.no_grad()
     def compute():

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import distributed
 import gradient_cache
-from captions import load_captions, load_generated
+from captions import is_sided, load_captions, load_generated
 from card import write_card
 from checkpoint import best_rsum, has_checkpoint, load_last, only_run_in, save_last, start_run, write_history
 from clip import MAX_LOGIT_SCALE, create_model, load_weights, loss_over_captions, save_weights
@@ -244,7 +244,7 @@ def train(config):
         begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
         print("heads first, on features of the towers held still")
         still = replace(config, freeze="both", gan="none", train_image_from="", run_dir=str(run_dir / "heads"), resume=begun)
-        still = replace(still, cached_views=1, captions_per_image=1, micro_batch_size=0)
+        still = replace(still, cached_views=1, mirror=False, captions_per_image=1, micro_batch_size=0)
         still = fill_in(replace(still, epochs=0, batch_size=0, head_lr=0))
         still = replace(still, batch_size=min(still.batch_size, len(training.names)))
         model.load_state_dict(train(still).state_dict())
@@ -285,7 +285,8 @@ def train(config):
     ranks = distributed.rank(), distributed.size()
     args = captions_of, config.batch_size, config.seed, config.micro_batch_size, training.sources, extra, ranks
     sampler = PairSampler(*args, config.captions_per_image)
-    dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop)
+    sided = list(map(is_sided, training.captions)) if config.mirror else None
+    dataset = CLIPDataset(training.images, training.texts, model.image_encoder.size, config.crop, sided)
     loader = train_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
     steps, width = config.epochs * sampler.steps, len(str(config.epochs))
     terminated = threading.Event()

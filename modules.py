@@ -27,20 +27,21 @@ class ImageEncoder(nn.Module):
     size: height and width of the input in pixels; 0 for the tower's own.
     sizes: patch_size, width, layers and heads of a `sized_image_tower`.
     feature_stages: names of `stages` whose outputs, averaged over the picture, stand behind the tower's own features.
+    drop_path: stochastic depth, as for `towers.timm_tower`.
 
     Attributes: width (d_i), size, attention_pool (whether the tower ends in one), and mean and std of the pixels that it
     expects, (1, 3, 1, 1) in units of 0 to 255.
     Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
 
-    def __init__(self, name, weights="random", size=0, sizes=None, feature_stages=()):
+    def __init__(self, name, weights="random", size=0, sizes=None, feature_stages=(), drop_path=0.0):
         super().__init__()
         if name in SIZED:
             if weights != "random" or not size:
                 raise UserError(f"--image-encoder {name}: is made from scratch; pass --image-weights random and a --size")
-            self.tower = sized_image_tower(name, size, *sizes)
+            self.tower = sized_image_tower(name, size, *sizes, drop_path)
         else:
-            self.tower = timm_tower(name, weights)
+            self.tower = timm_tower(name, weights, drop_path)
         data = resolve_model_data_config(self.tower)
         self.size = size or data["input_size"][1]
         if hasattr(self.tower, "set_input_size"):  # towers with position embeddings have to be told

@@ -41,15 +41,20 @@ def go_offline_without_hub():
         huggingface_hub.constants.HF_HUB_OFFLINE = True
 
 
-def timm_tower(name, weights):
+def timm_tower(name, weights, drop_path=0.0):
     """A timm model without its classifier. weights: "pretrained" (model hub), "random", or the path of a weight file.
 
-    Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
+    drop_path: stochastic depth (Huang et al. 2016), the share of pictures for which training skips the last residual branch;
+    it rises linearly from 0 at the first.
+    Raises UserError for an unknown name, weights that do not fit, a hub that cannot be reached, or a model without such
+    branches.
     """
     if weights == "pretrained":
         go_offline_without_hub()
     try:
-        tower = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0)
+        tower = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0, drop_path_rate=drop_path or None)
+    except TypeError:
+        raise UserError(f"--image-drop-path {drop_path}: {name} cannot skip its layers; leave it out") from None
     except (RuntimeError, ValueError) as error:
         if timm.is_model(name.partition(".")[0]):
             raise UserError(f"--image-encoder {name}: {str(error).splitlines()[0]}") from None
@@ -91,12 +96,13 @@ def load_weight_file(tower, name, path):
     tower.load_state_dict(state)
 
 
-def sized_image_tower(kind, size, patch_size, width, layers, heads):
+def sized_image_tower(kind, size, patch_size, width, layers, heads, drop_path=0.0):
     """An untrained timm tower of the paper's kinds, or an MLP-Mixer (Tolstikhin et al. 2021), of any size.
 
     kind: "vit", "mixer" or "modified_resnet", the paper's ResNet (three-convolution stem, average pooling before strides,
     attention pooling). size, patch_size: in pixels. width, layers: features and layers; for the ResNet the channels behind
     the stem and the blocks in each of its four stages. heads: attention heads a layer, for "vit".
+    drop_path: as for `timm_tower`.
     Raises UserError where patches or strides do not fill the picture.
     """
     if kind == "modified_resnet":
@@ -105,10 +111,10 @@ def sized_image_tower(kind, size, patch_size, width, layers, heads):
         blocks = [ByoBlockCfg(type="bottle", d=layers, c=4 * width * 2**i, s=min(i + 1, 2), br=0.25) for i in range(4)]
         stem = {"stem_chs": (width // 2, width // 2, width), "stem_type": "", "stem_pool": "avg2"}
         config = ByoModelCfg(blocks=tuple(blocks), downsample="avg", aa_layer="avg", head_type="attn_abs", **stem)
-        return ByobNet(config, num_classes=0, img_size=size)
+        return ByobNet(config, num_classes=0, img_size=size, drop_path_rate=drop_path)
     if size % patch_size:
         raise UserError(f"--patch-size {patch_size}: does not divide --size {size}")
-    shape = {"img_size": size, "patch_size": patch_size, "embed_dim": width, "num_classes": 0}
+    shape = {"img_size": size, "patch_size": patch_size, "embed_dim": width, "num_classes": 0, "drop_path_rate": drop_path}
     if kind == "mixer":
         return MlpMixer(num_blocks=layers, **shape)
     norm = partial(LayerNorm, eps=1e-5)  # this and the activation are what OpenAI's weights expect

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from captions import is_sided
 from dataset import CLIPDataset, PairSampler, center_crop, decode_images, pad, read_image, resize_image, train_loader
 from Datasets import shapes
 from storage import UserError, cached_tensor
@@ -214,6 +215,25 @@ def test_one_of_the_cached_views_is_drawn():
     views = torch.arange(12.0).view(2, 3, 2)  # two images, three views, activations of shape (2,)
     dataset = CLIPDataset(views, [[1]], size=32)
     assert [dataset[(1, [0], seed)][0].tolist() for seed in (0, 1, 5)] == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
+
+
+def test_half_of_the_crops_are_mirror_images_but_not_beside_left_and_right(pictures, tmp_path):
+    images, _ = decode_images(pictures, 32, tmp_path / "cache")
+    captions = ["a dog", "a man to the LEFT of a dog", "a rightward arrow", "a bright cleft"]
+    sided = [is_sided(caption) for caption in captions]
+    assert sided == [False, True, True, False]
+    plain = CLIPDataset(images, [[1]] * 4, size=32, crop=0.6)
+    mirrored = CLIPDataset(images, [[1]] * 4, size=32, crop=0.6, sided=sided)
+    for seed in range(4):
+        crop = plain[(0, [0, 3], seed)][0]
+        turned = crop[:, ::-1] if seed % 2 else crop
+        assert not np.array_equal(crop, crop[:, ::-1])
+        np.testing.assert_array_equal(mirrored[(0, [0, 3], seed)][0], turned)
+        np.testing.assert_array_equal(mirrored[(0, [0, 1], seed)][0], crop)
+    views = torch.arange(5.0).view(1, 5, 1)  # the second and the fourth are mirror images
+    kept = CLIPDataset(views, [[1]] * 4, size=32, sided=sided)
+    assert [kept[(0, [0], seed)][0].item() for seed in range(6)] == [0, 1, 2, 3, 4, 0]
+    assert [kept[(0, [2], seed)][0].item() for seed in range(6)] == [0, 0, 2, 2, 4, 0]
 
 
 def test_padding_reaches_the_longest_of_the_batch():

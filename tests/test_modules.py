@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
+from timm.layers import DropPath
 
 from config import Config
 from modules import BUCKET, ImageEncoder, ProjectionHead, TextEncoder
@@ -58,6 +59,30 @@ def test_stages_add_their_means_to_the_features(name, stages, indices):
     torch.testing.assert_close(encoder(encoder.trunk(image)), expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(UserError, match="no layer9; there are .*" + stages.split()[0]):
         ImageEncoder(name, size=96, feature_stages=("layer9",))
+
+
+@pytest.mark.parametrize("name", ["test_vit", "vit", "mixer"])
+def test_stochastic_depth_skips_its_share_of_the_last_layer_s_branches(name):
+    sizes = (8, 32, 4, 4) if not name.startswith("test") else None
+    encoder = ImageEncoder(name, size=64, sizes=sizes, drop_path=0.4)
+    *_, branch = [module for module in encoder.tower.modules() if isinstance(module, DropPath)]
+    seen = []
+    branch.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].clone(), output.clone())))
+    torch.manual_seed(0)
+    image = torch.randint(256, (500, 3, 64, 64))
+    encoder(image)
+    given, left = seen[-1]
+    skipped = (left == 0).flatten(1).all(1)
+    assert 0.33 < skipped.float().mean() < 0.47  # three standard deviations
+    torch.testing.assert_close(left[~skipped], given[~skipped] / 0.6)
+    plain = ImageEncoder(name, size=64, sizes=sizes).eval()
+    plain.load_state_dict(encoder.state_dict())
+    torch.testing.assert_close(encoder.eval()(image[:4]), plain(image[:4]))
+
+
+def test_stochastic_depth_of_a_tower_without_residual_branches_is_refused():
+    with pytest.raises(UserError, match="--image-drop-path 0.1: vgg11 cannot skip its layers"):
+        ImageEncoder("vgg11", drop_path=0.1)
 
 
 def test_feature_stages_that_give_no_map_or_lie_below_the_cut_are_refused():

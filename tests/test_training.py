@@ -167,7 +167,7 @@ def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, f
 
 @pytest.mark.parametrize("views", [1, 3])
 def test_a_tower_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small_flags, tmp_path, views, monkeypatch):
-    flags = small_flags(train_image_from="layer3", cached_views=views)
+    flags = small_flags(train_image_from="layer3", cached_views=views, image_drop_path=0.2) + ["--mirror"] * (views > 1)
     config, _ = parse_config(flags, "shapes")
     torch.manual_seed(config.seed)
     start = clip.create_model(config, main.load_captions(config.data_dir)[0]["caption"]).image_encoder.state_dict()
@@ -311,6 +311,11 @@ def test_bad_settings_end_in_one_line_and_leave_nothing(small_flags, tmp_path, p
         train(small_flags(**options))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_middle_squares_alone_are_not_mirrored(small_flags):
+    with pytest.raises(UserError, match="--mirror: --cached-views 1 keeps middle squares only"):
+        train(small_flags(freeze="image", cached_views=1), "--mirror")
 
 
 def test_a_broken_picture_ends_in_one_line_and_leaves_no_run(small_flags, sample, tmp_path):
