@@ -226,7 +226,7 @@ class CLIPDataset(Dataset):
         return picture, [self.texts[caption] for caption in captions]
 
     def random_crop(self, picture, seed, mirrored=False):
-        """A picture, (h, w, 3) uint8 -> (size, size, 3), augmented as the seed says."""
+        """A picture, (h, w, 3) uint8 -> (size, size, 3), augmented as the seed says, and mirrored where asked for."""
         self.augment.set_random_seed(seed)
         cropped = self.augment(image=picture)["image"]
         return cropped[:, ::-1] if mirrored else cropped

@@ -54,6 +54,8 @@ def timm_tower(name, weights, drop_path=0.0):
     try:
         tower = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0, drop_path_rate=drop_path or None)
     except TypeError:
+        if not drop_path:
+            raise
         raise UserError(f"--image-drop-path {drop_path}: {name} cannot skip its layers; leave it out") from None
     except (RuntimeError, ValueError) as error:
         if timm.is_model(name.partition(".")[0]):
@@ -102,7 +104,7 @@ def sized_image_tower(kind, size, patch_size, width, layers, heads, drop_path=0.
     kind: "vit", "mixer" or "modified_resnet", the paper's ResNet (three-convolution stem, average pooling before strides,
     attention pooling). size, patch_size: in pixels. width, layers: features and layers; for the ResNet the channels behind
     the stem and the blocks in each of its four stages. heads: attention heads a layer, for "vit".
-    drop_path: as for `timm_tower`.
+    drop_path: as for `timm_tower`, but a Mixer's branches are all skipped alike.
     Raises UserError where patches or strides do not fill the picture.
     """
     if kind == "modified_resnet":
