@@ -183,6 +183,16 @@ def test_a_tower_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small
     assert_equal_weights(end, weights(tmp_path / "run"))
 
 
+def test_every_second_kept_view_is_a_mirror_image(small_flags, tmp_path):
+    kept = []
+    for folder, flags in (("plain", []), ("mirrored", ["--mirror"])):
+        train(small_flags(folder, train_image_from="layer3", cached_views=3, epochs=1, cache_dir=tmp_path / folder), *flags)
+        [path] = [path for path in (tmp_path / folder).glob("activations-*") if len(np.load(path)) != 24]
+        kept.append(np.load(path).reshape(96, 3, -1))
+    same = (kept[0] == kept[1]).all(axis=2)
+    assert same[:, [0, 2]].all() and not same[:, 1].any()
+
+
 def test_the_compile_flag_compiles_both_towers(small_flags, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
