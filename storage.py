@@ -21,12 +21,21 @@ class UserError(Exception):
 
 
 def run_command(main):
-    """Calls main(); a `UserError` or a failing file ends the program with one line and exit status 2, Ctrl-C with 130."""
+    """Calls main(); a `UserError` or a failing file ends the program with one line and exit status 2, Ctrl-C with 130.
+
+    Where nobody reads the output any more, as after `| head`, it ends with 1 and without a word.
+    """
     try:
-        main()
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # now, for an error while Python ends could not be caught
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where the rest of the output goes
+        sys.exit(1)
     except OSError as error:
         if not error.filename:
             raise

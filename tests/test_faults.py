@@ -416,3 +416,13 @@ def poison():
 def test_the_deterministic_flag_changes_nothing_on_a_cpu(ended, whole, tmp_path):
     assert ended("run", "--deterministic")[0] == 0
     assert_same(outcome(tmp_path / "run"), whole)
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["met at the end", "met on the way"])
+def test_output_that_nobody_reads_ends_a_command_without_a_word(lines):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = f"from storage import run_command; run_command(lambda: [print('line') for _ in range({lines})])"
+    with os.fdopen(writer, "w") as output:
+        ended = subprocess.run([sys.executable, "-c", command], stdout=output, stderr=subprocess.PIPE, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (1, "")
