@@ -1,17 +1,19 @@
 """Convolutions as fast as the processor computes them, with the results and the parameter names of the tower they stand in.
 
-Three things hold a convolutional tower back on a CPU. A BatchNorm whose statistics stand still is only a scale and a shift
-for each channel, yet passes over all activations take as long as the convolutions themselves. oneDNN's gradient of a depthwise
-convolution is up to a hundred times slower in bf16 than in fp32 when it strides. And torch's bf16 activations in place take
-more than twice the time of those into new memory on Intel's processors with AMX, once the arrays are larger than a cache.
+Memory, not arithmetic, holds a convolutional tower back on a CPU: a pass over all activations takes as long as a convolution.
+A BatchNorm whose statistics stand still needs none, being only a scale and a shift for each channel; nor does TensorFlow's
+padding, which can be a part of the kernel; and where no gradient is wanted oneDNN applies the activation as it convolves. Where
+one is wanted, oneDNN's gradient of a depthwise convolution is up to a hundred times slower in bf16 than in fp32 if it strides.
 """
 
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d, Conv2dSame, pad_same
+from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding, pad_same
 from torch import nn
+
+FUSED = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0]), nn.SiLU: ("swish", [])}  # oneDNN's names and bounds
 
 
 class DepthwiseConvolution(torch.autograd.Function):
@@ -34,33 +36,65 @@ class DepthwiseConvolution(torch.autograd.Function):
         return *(None if g is None else g.to(x.dtype) for g in gradients), None, None, None
 
 
+def same_padding(conv, weight, shape):
+    """(weight, padding) that give a `Conv2dSame` of a (height, width) what `pad_same` gives, without padding the input.
+
+    TensorFlow pads one row less at the top than at the bottom where their number is odd. With as many at the top a kernel
+    with a row of zeros on top computes the same; so for columns.
+    """
+    rows, columns = map(get_same_padding, shape, conv.kernel_size, conv.stride, conv.dilation)
+    return F.pad(weight, (columns % 2, 0, rows % 2, 0)), ((rows + 1) // 2, (columns + 1) // 2)
+
+
 def convolve(conv, batch_norm, x):
-    """What `conv` computes; where its BatchNorm has fixed statistics, with that taken in: (x * w) s + b = x * (w s) + b."""
-    weight, bias = conv.weight, conv.bias
+    """What `conv` computes; where its BatchNorm has fixed statistics, with that taken in: (x * w) s + b = x * (w s) + b.
+
+    What timm has as an activation behind such a BatchNorm is then taken in, too.
+    """
+    weight, bias, padding, activation = conv.weight, conv.bias, conv.padding, None
     if batch_norm is not None and not batch_norm.training:
         scale = batch_norm.weight / (batch_norm.running_var + batch_norm.eps).sqrt()  # (channels,)
         shift = -batch_norm.running_mean if bias is None else bias - batch_norm.running_mean
         weight, bias = weight * scale.view(-1, 1, 1, 1), shift * scale + batch_norm.bias
-    padding = conv.padding
-    if isinstance(conv, Conv2dSame):
+        activation = getattr(batch_norm, "act", None)
+    if isinstance(conv, Conv2dSame) and conv.dilation == (1, 1):
+        weight, padding = same_padding(conv, weight, x.shape[-2:])
+    elif isinstance(conv, Conv2dSame):
         x, padding = pad_same(x, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
-    depthwise = conv.groups == conv.in_channels == conv.out_channels
-    if depthwise and x.device.type == "cpu" and torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
+    arguments = conv.stride, padding, conv.dilation
+    dtype = x.dtype
+    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
-        bias = None if bias is None else bias.to(dtype)
-        return DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), bias, conv.stride, padding, conv.dilation)
-    return F.conv2d(x, weight, bias, conv.stride, padding, conv.dilation, conv.groups)
+        if torch.is_grad_enabled() and conv.groups == conv.in_channels == conv.out_channels:
+            bias = None if bias is None else bias.to(dtype)
+            x = DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), bias, *arguments)
+            return x if activation is None else activation(x)
+    if type(activation) in FUSED and can_fuse(x, dtype):
+        x, weight, bias = (value.to(dtype) for value in (x, weight, bias))
+        stride, padding, dilation = map(list, arguments)
+        fused = torch.ops.mkldnn._convolution_pointwise  # what torch.compile makes of a convolution and an activation
+        return fused(x, weight, bias, padding, stride, dilation, conv.groups, *FUSED[type(activation)], "")
+    x = F.conv2d(x, weight, bias, *arguments, conv.groups)
+    return x if activation is None else activation(x)
+
+
+def can_fuse(x, dtype):
+    """Whether oneDNN is there for x in dtype, and neither a gradient is wanted nor a graph for elsewhere (ONNX)."""
+    here = x.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
+    native = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return here and native and not torch.is_grad_enabled()
 
 
 def normalise(batch_norm, x):
-    """What is left for a BatchNorm once `convolve` has taken it in: nothing, or timm's activation behind it."""
-    if batch_norm.training:
-        return type(batch_norm).forward(batch_norm, x)
-    return batch_norm.act(batch_norm.drop(x)) if isinstance(batch_norm, BatchNormAct2d) else x
+    """What is left for a BatchNorm once `convolve` has taken it in: nothing."""
+    return type(batch_norm).forward(batch_norm, x) if batch_norm.training else x
 
 
 def activate(activation, x):
-    """What an activation computes, in place only where gradients keep what goes in or comes out in memory."""
+    """What an activation computes, in place only where gradients keep what goes in or comes out in memory.
+
+    torch's bf16 operations in place take more than twice the time of those into new memory on Intel's processors with AMX.
+    """
     activation.inplace = torch.is_grad_enabled()
     return type(activation).forward(activation, x)
 

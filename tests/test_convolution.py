@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from timm.layers import Conv2dSame
 
 from convolution import DepthwiseConvolution, speed_up
 
@@ -49,6 +50,41 @@ def test_results_gradients_and_statistics_are_the_towers_own(name, training):
         torch.testing.assert_close(gradient, expected_gradients[name], rtol=1e-5, atol=1e-7)
     for a, b in zip(fast.buffers(), plain.buffers()):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("size", [64, 65, 78])  # TensorFlow pads these differently
+@pytest.mark.parametrize("name", [*TOWERS, "tf_efficientnet_b0"])
+def test_without_gradients_results_are_the_towers_own(name, size):
+    plain = random_tower(name).float().eval()
+    fast, image = copy.deepcopy(plain), torch.randn(2, 3, size, size)
+    speed_up(fast, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image), plain(image), rtol=1e-3, atol=1e-3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found, expected = fast(image).flatten().float(), plain(image).flatten().float()
+    assert torch.nn.functional.cosine_similarity(found, expected, dim=0) > 0.999
+
+
+def test_a_dilated_convolution_pads_as_it_did():
+    plain = random_tower("tf_efficientnet_lite0").float().eval()
+    for module in plain.modules():
+        if isinstance(module, Conv2dSame) and module.kernel_size == (3, 3):
+            module.stride, module.dilation = (1, 1), (2, 2)
+    fast, image = copy.deepcopy(plain), torch.randn(1, 3, 64, 64)
+    speed_up(fast, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(image), plain(image), rtol=1e-3, atol=1e-3)
+
+
+def test_passes_of_activations_are_gone_where_no_gradient_is_wanted(monkeypatch):
+    tower = random_tower("tf_efficientnet_lite0").float().eval()
+    speed_up(tower, 64)
+    monkeypatch.setattr(torch.nn.functional, "hardtanh", None)
+    monkeypatch.setattr(torch.nn.functional, "relu6", None)
+    with torch.no_grad():
+        tower(torch.randn(1, 3, 64, 64))
+    with pytest.raises(TypeError):
+        tower(torch.randn(1, 3, 64, 64))
 
 
 def test_batchnorm_passes_are_gone_where_statistics_stand_still(monkeypatch):
