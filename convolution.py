@@ -57,32 +57,32 @@ def convolve(conv, batch_norm, x):
         shift = -batch_norm.running_mean if bias is None else bias - batch_norm.running_mean
         weight, bias = weight * scale.view(-1, 1, 1, 1), shift * scale + batch_norm.bias
         activation = getattr(batch_norm, "act", None)
-    if isinstance(conv, Conv2dSame) and conv.dilation == (1, 1):
+    at_once = x.device.type == "cpu" and not torch.compiler.is_compiling()  # a graph may be run elsewhere, as ONNX is
+    if isinstance(conv, Conv2dSame) and at_once and conv.dilation == (1, 1):
         weight, padding = same_padding(conv, weight, x.shape[-2:])
     elif isinstance(conv, Conv2dSame):
         x, padding = pad_same(x, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
     arguments = conv.stride, padding, conv.dilation
-    dtype = x.dtype
-    if x.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        if torch.is_grad_enabled() and conv.groups == conv.in_channels == conv.out_channels:
-            bias = None if bias is None else bias.to(dtype)
-            x = DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), bias, *arguments)
-            return x if activation is None else activation(x)
-    if type(activation) in FUSED and can_fuse(x, dtype):
+    autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    if autocast and torch.is_grad_enabled() and conv.groups == conv.in_channels == conv.out_channels:
+        bias = None if bias is None else bias.to(dtype)
+        x = DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), bias, *arguments)
+    elif at_once and not torch.is_grad_enabled() and type(activation) in FUSED and has_onednn(dtype):
         x, weight, bias = (value.to(dtype) for value in (x, weight, bias))
         stride, padding, dilation = map(list, arguments)
         fused = torch.ops.mkldnn._convolution_pointwise  # what torch.compile makes of a convolution and an activation
         return fused(x, weight, bias, padding, stride, dilation, conv.groups, *FUSED[type(activation)], "")
-    x = F.conv2d(x, weight, bias, *arguments, conv.groups)
+    else:
+        x = F.conv2d(x, weight, bias, *arguments, conv.groups)
     return x if activation is None else activation(x)
 
 
-def can_fuse(x, dtype):
-    """Whether oneDNN is there for x in dtype, and neither a gradient is wanted nor a graph for elsewhere (ONNX)."""
-    here = x.device.type == "cpu" and torch.backends.mkldnn.is_available() and not torch.compiler.is_compiling()
-    native = dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return here and native and not torch.is_grad_enabled()
+def has_onednn(dtype):
+    """Whether torch has oneDNN here, and that computes in dtype."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def normalise(batch_norm, x):
