@@ -215,7 +215,7 @@ PRESETS = {
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
 Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained), fast and best (EfficientNet-Lite2 and MiniLM, on
-two CPU cores in 3 and about 55 minutes: the heads, and then the text tower and half of the image tower), fast-resnet50 and
+two CPU cores in 3 and about 45 minutes: the heads, and then the text tower and half of the image tower), fast-resnet50 and
 best-resnet50 (the same with flickr8k's towers) and openai (fine-tunes one of OpenAI's models).
 Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
 to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
