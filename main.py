@@ -264,7 +264,7 @@ def train(config):
         distributed.share_statistics(model)
     if config.compile:
         model.image_encoder.compile()
-        model.text_encoder.compile(dynamic=True)
+        model.text_encoder.tower.compile(dynamic=True)  # not the buckets around it, whose lengths a graph cannot know
     joint, groups = None, parameter_groups(model, config)
     if config.gan == "joint":
         joint = Joint(config.projection_dim, generated_a_batch(config), config.gan_weight, device, dtype)

@@ -197,7 +197,7 @@ def test_the_compile_flag_compiles_both_towers(small_flags, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
     train(small_flags(), "--compile")
-    assert compiled == ["ImageEncoder", "TextEncoder"]
+    assert compiled == ["ImageEncoder", "DistilBertModel"]
 
 
 def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, monkeypatch):
