@@ -93,7 +93,8 @@ def normalise(batch_norm, x):
 def activate(activation, x):
     """What an activation computes, in place only where gradients keep what goes in or comes out in memory.
 
-    torch's bf16 operations in place take more than twice the time of those into new memory on Intel's processors with AMX.
+    On Intel's processors with AMX torch's bf16 operations in place take more than twice the time of those into new memory, once
+    the arrays are larger than a cache.
     """
     activation.inplace = torch.is_grad_enabled()
     return type(activation).forward(activation, x)

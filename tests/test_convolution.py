@@ -68,14 +68,15 @@ def test_without_gradients_results_are_the_towers_own(name, size):
 def test_a_dilated_convolution_pads_as_it_did():
     plain = random_tower("tf_efficientnet_lite0").float().eval()
     for module in plain.modules():
-        if isinstance(module, Conv2dSame) and module.kernel_size == (3, 3):
-            module.stride, module.dilation = (1, 1), (2, 2)
+        if isinstance(module, Conv2dSame):  # these stride, and so have one row more at the bottom than at the top
+            module.dilation = (2, 2)
     fast, image = copy.deepcopy(plain), torch.randn(1, 3, 64, 64)
     speed_up(fast, 64)
     with torch.no_grad():
         torch.testing.assert_close(fast(image), plain(image), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch has no oneDNN here")
 def test_passes_of_activations_are_gone_where_no_gradient_is_wanted(monkeypatch):
     tower = random_tower("tf_efficientnet_lite0").float().eval()
     speed_up(tower, 64)
