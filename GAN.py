@@ -31,11 +31,19 @@ from torch.utils.data import Subset
 from tqdm import tqdm
 
 from captions import load_captions
-from checkpoint import has_checkpoint, load_newest, move_aside, only_run_in, write_checkpoint, write_history
-from config import load_run
+from checkpoint import (
+    PREVIOUS,
+    has_checkpoint,
+    load_newest,
+    load_optimizer,
+    move_aside,
+    only_run_in,
+    write_checkpoint,
+    write_history,
+)
+from config import check_run_dir, load_run
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k
-from Datasets.shapes import whole_folder
 from device import autocast
 from embedding import open_model, project, text_features, token_ids
 from evaluate import positions_of_images
@@ -50,7 +58,8 @@ from generator import (
     gradient_penalty,
 )  # fmt: skip
 from plots import draw_grid
-from storage import UserError, key_of_weights, run_command, write_json, write_whole
+from storage import UserError, key_of_model, remove_unfinished, run_command, whole_folder, write_json, write_whole
+from utils.cache import cache_line, note_use
 
 FORMAT = 1  # of gan.json; a folder of another format is refused
 CHECK_EVERY = 20  # steps between looks at the losses
@@ -99,6 +108,7 @@ def parse_config(arguments):
     config = parse(default=PRESETS[preset])
     if config.resume or config.generate:
         config = parse(default=replace(load_gan(config.run_dir)["config"], run_dir=config.run_dir))
+    check_run_dir(config.run_dir)
     for name in ["epochs", "generator_lr", "discriminator_lr"]:
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
@@ -147,9 +157,10 @@ def read_captions_and_tower(config, preset):
     own = config.data_dir or config.captions_path
     data_dir = config.data_dir or ("" if own else of_run.data_dir or flickr8k.find() or "")
     image_path, captions_path = (config.image_path, config.captions_path) if own else (of_run.image_path, of_run.captions_path)
-    table, image_dir, _ = load_captions(data_dir, image_path, captions_path, of_run.skip_bad, of_run.seed)
+    table, image_dir, _ = load_captions(data_dir, image_path, captions_path, of_run.skip_bad)
     model, device, dtype = open_model(config.run, config.device, config.precision)
-    key = key_of_weights(torch.nn.ModuleList([model.text_encoder, model.text_projection]))
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 would need a scaler for each of the two networks
+    key = key_of_model(torch.nn.ModuleList([model.text_encoder, model.text_projection]))
 
     def embed(captions):
         return project(model.text_projection, text_features(model, token_ids(model.tokenizer, captions), device, dtype), device)
@@ -164,6 +175,7 @@ def train(config, preset):
     """Trains a generator from a GANConfig, and leaves it in run_dir with a grid of samples an epoch."""
     table, image_dir, skip_bad, embed, key, device, dtype = read_captions_and_tower(config, preset)
     run_dir = Path(config.run_dir)
+    remove_unfinished(config.cache_dir)
     rows = table[table["split"] == "train"]
     names, _ = positions_of_images(rows)
     paths = [image_dir / name for name in names]
@@ -197,7 +209,9 @@ def train(config, preset):
         print(f"going on after epoch {len(history)}")
     else:
         move_aside(run_dir, "gan.json")
-        write_json(run_dir / "gan.json", {"format": FORMAT, "config": dataclasses.asdict(config), "text_tower": key})
+    kept = dataclasses.asdict(replace(config, resume=False))
+    write_json(run_dir / "gan.json", {"format": FORMAT, "config": kept, "text_tower": key})
+    note_use(run_dir, pictures.dataset.folder)
 
     captions_of = np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1])
     sampler = PairSampler(captions_of, config.batch_size, config.seed)
@@ -219,7 +233,9 @@ def train(config, preset):
             f"generator {losses[1]:.3f}  {history[-1]['seconds']:.1f} s",
             flush=True,
         )
+    (run_dir / PREVIOUS).unlink(missing_ok=True)  # for a run that ended well the last checkpoint is enough
     print(f"generator in {run_dir}, samples in {run_dir / 'samples'}")
+    print(cache_line(config.cache_dir))
 
 
 def train_epoch(generator, discriminator, average, optimizers, loader, device, dtype, desc):
@@ -278,7 +294,8 @@ def load_state(run_dir, parts):
 
     def take(saved):
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            load = partial(load_optimizer, part) if isinstance(part, torch.optim.Optimizer) else part.load_state_dict
+            load(saved[name])
         return saved["history"]
 
     return load_newest(run_dir, take) if has_checkpoint(run_dir) else []  # the first epoch had not ended
@@ -328,7 +345,8 @@ def write_pairs(config, preset):
             rows = slice(start, start + AT_A_TIME)
             pictures = draw_pictures(generator, noise[rows].to(device), embeddings[rows].to(device))
             for name, picture in zip(names[rows], pictures):
-                cv2.imwrite(str(unfinished / "Images" / name), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))
+                if not cv2.imwrite(str(unfinished / "Images" / name), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
+                    raise UserError(f"{output}: its pictures cannot be written (is the disk full?); name another --output")
                 progress.update()
         pairs = pd.DataFrame({"image": names, "caption": chosen})
         pairs.to_csv(unfinished / "captions.txt", index=False)

@@ -1,5 +1,6 @@
 """A page to search pictures with: python app.py [--run RUN] [--images FOLDER], then http://127.0.0.1:7860 in a browser."""
 
+import contextlib
 import html
 import os
 import sys
@@ -11,6 +12,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # else it asks the n
 
 import gradio as gr
 import pandas as pd
+from gradio.utils import get_upload_folder
 
 from config import parse_flags
 from dataset import read_image
@@ -30,7 +32,8 @@ from storage import UserError, run_command
 
 SHOWN, SHOWN_PIXELS = 12, 320  # matches, and their shorter side
 MOST_CLASSES = 50
-LARGEST_UPLOAD = "20mb"
+MAX_UPLOAD = 20  # MB
+CACHE_CHECK, CACHE_AGE = 60, 600  # seconds between looks for old uploads and results in the temporary folder, and what is old
 CURVES = {
     "text_to_image_R@1": "R@1, text to image",
     "text_to_image_R@10": "R@10, text to image",
@@ -45,10 +48,37 @@ STYLE = """
 THEME = gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none that a network has
 
 
+def uploaded_path(payload):
+    """The path of an uploaded picture; None where there is none.
+
+    A request can name any path, so only a file in gradio's upload folder counts. What lies elsewhere is answered as what
+    does not exist, and before anything asks the disk or, as for \\\\HOST\\FILE on Windows, another machine.
+    Raises gr.Error for any other path, and for a file that is too large to be an upload.
+    """
+    if not payload or not payload.path:
+        return None
+    folder = Path(get_upload_folder()).resolve()
+    try:
+        inside = Path(os.path.abspath(payload.path)).is_relative_to(folder)
+        path = Path(payload.path).resolve() if inside else None  # where symbolic links lead
+        if path and path.is_relative_to(folder) and path.is_file() and path.stat().st_size <= MAX_UPLOAD * 2**20:
+            return str(path)
+    except (OSError, ValueError):  # a name that no file can have
+        pass
+    raise gr.Error(
+        f"no such upload, or more than {MAX_UPLOAD} MB; drop the picture again", duration=None, print_exception=False
+    )
+
+
+async def as_it_is(path):
+    return path
+
+
 def picture_field():
     """A field to drop a picture into, which gives the path of what was uploaded: what cannot be read we refuse in our words."""
     field = gr.Image(label="Drop a picture", sources=["upload", "clipboard"], height=300)
-    field.preprocess = lambda payload: payload and payload.path
+    field.preprocess = uploaded_path
+    field.async_move_resource_to_block_cache = as_it_is  # else gradio would fetch any address that a request names
     return field
 
 
@@ -72,11 +102,14 @@ def build_page(run, model, gallery, captions, caption_embeddings, history, devic
     """
 
     def tiles(embedding):
-        matches = best_matches(gallery.searched, embedding, gallery.paths, SHOWN)
-        return [(read_image(name, SHOWN_PIXELS), f"{score:.2f}  {Path(name).name}") for name, score in matches]
+        shown = []
+        for name, score in best_matches(gallery.searched, embedding, gallery.paths, SHOWN):
+            with contextlib.suppress(OSError, ValueError):  # deleted or changed since it was embedded
+                shown.append((read_image(name, SHOWN_PIXELS), f"{score:.2f}  {Path(name).name}"))
+        return shown
 
-    def find(text, without):
-        return tiles(embed_query(model, [text], [without] if without.strip() else []))
+    def find(text, without):  # None where a request leaves one out
+        return tiles(embed_query(model, [text or ""], [without] if without and without.strip() else []))
 
     def look(path):
         if not path:
@@ -87,7 +120,7 @@ def build_page(run, model, gallery, captions, caption_embeddings, history, devic
         return f"<h4>Its best captions</h4><table>{rows}</table>", tiles(embedding)
 
     def decide(path, names):
-        names = [name.strip() for name in names.replace("\n", ",").split(",") if name.strip()]
+        names = [name.strip() for name in (names or "").replace("\n", ",").split(",") if name.strip()]
         if not path or len(names) < 2:
             raise UserError("drop a picture and name at least two classes, with commas between them")
         if len(names) > MOST_CLASSES:
@@ -95,7 +128,7 @@ def build_page(run, model, gallery, captions, caption_embeddings, history, devic
         return dict(classify_embedding(model, embed_file(model, path, device, dtype), names))
 
     grid = partial(gr.Gallery, show_label=False, columns=4, height="auto", object_fit="cover", interactive=False)
-    with gr.Blocks(title=f"CLIP: {run}", analytics_enabled=False) as page:
+    with gr.Blocks(title=f"CLIP: {run}", analytics_enabled=False, delete_cache=(CACHE_CHECK, CACHE_AGE)) as page:
         gr.Markdown(f"## Search {len(gallery.paths):,} pictures\nwith the model in `{run}`")
         with gr.Tab("Words"):
             with gr.Row():
@@ -136,7 +169,7 @@ def launch(page, host, port, wait=True):
         server_name=host,
         server_port=port,
         prevent_thread_lock=not wait,
-        max_file_size=LARGEST_UPLOAD,
+        max_file_size=f"{MAX_UPLOAD}mb",
         share=False,
         quiet=not wait,
         theme=THEME,

@@ -5,22 +5,24 @@ Read are Kaggle's `captions.txt`, the same saved as `captions.csv`, the original
 """
 
 import csv
+import hashlib
 import io
 import json
-import random
 import re
 from pathlib import Path
 
 import pandas as pd
 
-from storage import UserError
+from storage import UserError, key_of, write_whole
 
 CAPTION_FILES = ["captions.txt", "captions.csv", "Flickr8k.token.txt", "dataset_flickr8k.json", "results.csv"]
 IMAGE_FOLDERS = ["Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset"]
 IMAGE_COLUMNS = ["image", "image_name", "filename", "file_name", "file", "image_path", "path"]
 CAPTION_COLUMNS = ["caption", "comment", "caption_text", "text", "sentence", "description"]
 SPLIT_LISTS = {"train": "trainImages.txt", "val": "devImages.txt", "test": "testImages.txt"}
-SEEDED_SHARES = {"val": 0.1, "test": 0.1}
+SHARES = {"val": 0.1, "test": 0.1}  # of the images where no list says which; the others are for training
+SPLITS = "splits.csv"  # of a run folder: which images were for what
+SWALLOWED_ROW = r"\n[^,;\n]+\.(jpe?g|png|webp|bmp|tiff?|hei[cf])\"?[,;]"  # in a field that goes on over several lines
 SHOWN = 3  # bad rows or files that an error names; the rest is counted
 
 
@@ -97,28 +99,47 @@ def read_token(text):
     return rows
 
 
+def table_rows(path, text, delimiter):
+    """Yields (row number, fields) of a table's rows.
+
+    Between tabs or bars a line is a row: such tables are mostly written without quoting, and a caption with a single
+    quotation mark must not swallow the rows behind it. Raises UserError where quoting is wrong between commas.
+    """
+    if delimiter in "\t|":
+        for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
+            try:
+                yield number, next(csv.reader([line], delimiter=delimiter, strict=True), [])
+            except csv.Error:  # its quotation marks are the caption's own
+                yield number, line.split(delimiter)
+        return
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for fields in reader:
+            yield reader.line_num, fields
+    except csv.Error as error:
+        raise UserError(f"{path}, row {reader.line_num}: {error}") from None
+
+
 def read_table(path, text):
     """A table with a header that names an image and a caption column, as [(row, (image, caption) or what is wrong)]."""
     header_line = text.split("\n", 1)[0]
     delimiter = max(",;\t|", key=header_line.count)
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     rows, header = [], None
-    try:
-        for fields in reader:
-            if header is None:
-                header = [name.strip().lower() for name in fields]
-                image_column = next((header.index(name) for name in IMAGE_COLUMNS if name in header), None)
-                caption_column = next((header.index(name) for name in CAPTION_COLUMNS if name in header), None)
-                if image_column is None or caption_column is None:
-                    found = ", ".join(header)[:80] or "nothing"
-                    raise UserError(f"{path}, row 1: no image and caption columns, only {found}; write image,caption there")
-            elif len(fields) == len(header):
-                rows.append((reader.line_num, (fields[image_column].strip(), fields[caption_column].strip())))
-            elif fields:
-                expected = f"{len(fields)} fields where the header has {len(header)}"
-                rows.append((reader.line_num, f"{expected} (quote captions that contain {delimiter!r})"))
-    except csv.Error as error:
-        raise UserError(f"{path}, row {reader.line_num}: {error}") from None
+    for number, fields in table_rows(path, text, delimiter):
+        if header is None:
+            header = [name.strip().lower() for name in fields]
+            image_column = next((header.index(name) for name in IMAGE_COLUMNS if name in header), None)
+            caption_column = next((header.index(name) for name in CAPTION_COLUMNS if name in header), None)
+            if image_column is None or caption_column is None:
+                found = ", ".join(header)[:80] or "nothing"
+                raise UserError(f"{path}, row 1: no image and caption columns, only {found}; write image,caption there")
+        elif any(re.search(SWALLOWED_ROW, field, re.IGNORECASE) for field in fields):
+            rows.append((number, "a quotation mark that is not closed before the next row begins"))
+        elif len(fields) == len(header):
+            rows.append((number, (fields[image_column].strip(), fields[caption_column].strip())))
+        elif fields:
+            expected = f"{len(fields)} fields where the header has {len(header)}"
+            rows.append((number, f"{expected} (quote captions that contain {delimiter!r})"))
     if header is None:
         raise UserError(f"{path}: empty; write a header image,caption and a row a caption")
     return rows
@@ -142,16 +163,14 @@ def read_karpathy(path, text):
     return good, [(row[0], "empty caption or file name") for row in numbered if not (row[1] and row[2])], splits
 
 
-def seeded_split(images, seed):
-    """{image: split} that depends on the set of names and the seed alone, not on the order of rows."""
-    images = sorted(set(images))
-    random.Random(seed).shuffle(images)
-    splits, start = {}, 0
-    for split, share in SEEDED_SHARES.items():
-        count = round(len(images) * share)
-        splits |= dict.fromkeys(images[start : start + count], split)
-        start += count
-    return splits | dict.fromkeys(images[start:], "train")
+def hashed_split(image):
+    """The split of an image by a hash of its name, whatever other images there are: "train", "val" or "test"."""
+    place = int(hashlib.sha1(image.encode(), usedforsecurity=False).hexdigest()[:16], 16) / 2**64  # uniform in [0, 1)
+    for split, share in SHARES.items():
+        if place < share:
+            return split
+        place -= share
+    return "train"
 
 
 def listed_splits(folder):
@@ -168,8 +187,8 @@ def listed_splits(folder):
     return splits
 
 
-def find_splits(images, folders, splits_in_captions_file, seed):
-    """{image: split}, from the first of: official lists, Karpathy's JSON, a seeded split by image name.
+def find_splits(images, folders, splits_in_captions_file):
+    """{image: split}, from the first of: official lists, Karpathy's JSON, a hash of the image's name.
 
     With lists for training but none for validation, a tenth of the training images becomes validation.
     """
@@ -178,14 +197,16 @@ def find_splits(images, folders, splits_in_captions_file, seed):
     found += [
         read_karpathy(path, read_text(path))[2] for path in (f / "dataset_flickr8k.json" for f in folders) if path.is_file()
     ]
-    splits = next((splits for splits in found if splits), None) or seeded_split(images, seed)
+    splits = next((splits for splits in found if splits), None)
+    if splits is None:
+        return {image: hashed_split(image) for image in images}
     if "val" not in splits.values():
         train = [image for image, split in splits.items() if split == "train"]
-        splits = splits | {image: "val" for image, split in seeded_split(train, seed).items() if split == "val"}
+        splits = splits | {image: "val" for image in train if hashed_split(image) == "val"}
     return splits
 
 
-def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False, seed=0):
+def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False):
     """Reads a data folder.
 
     data_dir: a folder with a captions file and a folder of images; captions_path and image_path name them one by one.
@@ -215,10 +236,36 @@ def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False, 
     table = table[table["image"].isin(here)].reset_index(drop=True)
     if table.empty:
         raise UserError(f"{captions_path}: no caption of an image in {image_dir}")
-    splits = find_splits(table["image"], [image_dir.parent, captions_path.parent], splits, seed)
+    splits = find_splits(table["image"], [image_dir.parent, captions_path.parent], splits)
     table["split"] = table["image"].map(splits).fillna("")
     skipped = [f"{captions_path}, row {number}: {problem}" for number, problem in bad]
     return table, image_dir, skipped + [f"{image_dir / image}: no such file" for image in missing]
+
+
+def image_digests(table):
+    """{image: a digest of its name and its captions}: names such as 1.jpg stand in many data sets."""
+    return {image: key_of(image, sorted(set(captions))) for image, captions in table.groupby("image")["caption"]}
+
+
+def write_splits(path, table):
+    """Writes a run's splits.csv: of each image its name, its split and its digest. table: what `load_captions` returns."""
+    splits = table.groupby("image", as_index=False)["split"].first()
+    splits["digest"] = splits["image"].map(image_digests(table))
+    write_whole(path, lambda temporary: splits.to_csv(temporary, index=False))
+
+
+def training_images(path, table):
+    """The set of images of a table that a run was trained on. path: of the run's splits.csv.
+
+    Raises UserError where that is missing or damaged.
+    """
+    try:
+        splits = pd.read_csv(path, dtype=str, keep_default_na=False)
+        trained = set(splits.loc[splits["split"] == "train", "digest"])
+    except (OSError, ValueError, KeyError) as error:
+        problem = f"{path}: missing or damaged ({type(error).__name__})"
+        raise UserError(f"{problem}; it says what the run was trained on, so train the run again") from None
+    return {image for image, digest in image_digests(table).items() if digest in trained}
 
 
 def load_generated(folder, table):

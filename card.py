@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from config import without_place
 from storage import write_whole
 
 CARD = """---
@@ -65,7 +66,7 @@ def write_card(run_dir, config, model, splits, scores):
         rows.append("| " + " | ".join(cells) + " |")
     text = CARD.format(
         image=config.image_encoder,
-        text=config.text_encoder,
+        text=without_place(config.text_encoder),
         width=model.image_projection.projection.out_features,
         train=len(splits["train"].names),
         train_captions=len(splits["train"].captions),

@@ -2,9 +2,9 @@
 
 import contextlib
 import csv
+import dataclasses
 import hashlib
-import os
-from dataclasses import replace
+import json
 from pathlib import Path
 
 import filelock
@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import torch
 
+from captions import SPLITS, write_splits
 from clip import describe_towers
-from config import save_run
-from storage import UserError, write_whole
+from config import load_run, save_run
+from storage import UserError, remove_unfinished, replace, write_whole
+from tokenizer import read_tokenizer
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
 SEAL = hashlib.sha256().digest_size  # bytes at the end of a checkpoint: the digest of all before
@@ -82,12 +84,24 @@ def is_frozen(name, config):
     return name.removeprefix("module.").startswith(frozen)
 
 
-def save_last(run_dir, model, optimizer, scaler, history, losses, data, config, average=None, joint=None):
+def load_optimizer(optimizer, saved):
+    """Loads an optimizer's moments from its saved state; rates, decay and betas stay those of the command line.
+
+    Raises ValueError where the saved state is of other parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+        raise ValueError("its optimizer moves other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+def save_last(run_dir, model, optimizer, scaler, history, losses, keys, config, average=None, joint=None):
     """What resuming needs: all that training changes. A frozen tower comes from where it came from before.
 
     Random states need no saving, as each step begins with its own seed, nor does the schedule, a function of the step.
 
-    losses: of the steps of an epoch that has not ended. data: a key of the captions and pictures.
+    losses: of the steps of an epoch that has not ended. keys: "data", of the captions and pictures, and "frozen", of the
+    weights that are not trained, both of which have to be the same again when the run is resumed.
     average, joint: the moving average of the weights and the `joint.Joint` of a run that has one.
     Raises UserError where a weight is not finite; the checkpoint before stays.
     """
@@ -96,7 +110,7 @@ def save_last(run_dir, model, optimizer, scaler, history, losses, data, config, 
     if broken:
         raise UserError(f"{run_dir}: {broken} is not finite; the last good checkpoint is kept, --resume with lower rates")
     state = {"model": state, "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(), "history": history}
-    state |= {"losses": losses, "batch_size": config.batch_size, "data": data}
+    state |= {"losses": losses, "batch_size": config.batch_size} | keys
     if average:
         state["average"] = {name: value for name, value in average.state_dict().items() if not is_frozen(name, config)}
     if joint:
@@ -104,22 +118,30 @@ def save_last(run_dir, model, optimizer, scaler, history, losses, data, config, 
     write_checkpoint(run_dir, state)
 
 
-def load_last(run_dir, model, optimizer, scaler, data, config, average=None, joint=None):
+def load_last(run_dir, model, optimizer, scaler, keys, config, average=None, joint=None):
     """Undoes `save_last` and returns (history, losses). Raises UserError where that is damaged or of another run."""
 
     def take(saved):
+        if saved["data"] != keys["data"]:
+            raise UserError(f"{run_dir}: its captions or pictures were others; put them back, or start a new run")
+        same_model = load_run(run_dir)["towers"] == json.loads(json.dumps(describe_towers(model)))
+        same_words = read_tokenizer(run_dir).to_str() == model.tokenizer.to_str()
+        if not (same_model and same_words and saved["frozen"] == keys["frozen"]):
+            raise UserError(
+                f"{run_dir}: was begun with other frozen weights, another text encoder or another vocabulary; name the same "
+                "with --image-weights and --text-encoder, or start a new run with another --run-dir"
+            )
         missing, unexpected = model.load_state_dict(saved["model"], strict=False)
         if unexpected or not all(is_frozen(name, config) for name in missing):
             raise ValueError(f"{len(missing) + len(unexpected)} tensors differ")
-        if saved["data"] != data:
-            raise UserError(f"{run_dir}: its captions or pictures were others; put them back, or start the run anew")
         if len(saved["losses"]) and saved["batch_size"] != config.batch_size:
             raise UserError(
                 f"--batch-size {config.batch_size}: {run_dir} stopped within an epoch of batches of {saved['batch_size']}; "
                 "change it once that has ended"
             )
-        optimizer.load_state_dict(saved["optimizer"])
-        scaler.load_state_dict(saved["scaler"])
+        load_optimizer(optimizer, saved["optimizer"])
+        if saved["scaler"]:  # empty unless in fp16
+            scaler.load_state_dict(saved["scaler"])
         if average and "average" in saved:
             average.load_state_dict(saved["average"], strict=False)
         if joint:
@@ -148,8 +170,7 @@ def only_run_in(run_dir):
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None
     try:
-        for unfinished in run_dir.rglob("*.tmp"):  # of a process that was killed
-            unfinished.unlink()
+        remove_unfinished(run_dir)
         yield
     finally:
         lock.release()
@@ -177,12 +198,18 @@ def move_aside(run_dir, mark):
         number = 1
         while (aside := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
             number += 1
-        os.replace(run_dir, aside)
+        replace(run_dir, aside)
         print(f"{run_dir} held an earlier run, which is now {aside}")
 
 
-def start_run(config, model, skipped):
-    """Makes the run folder with all but weights. A run that is there already moves aside."""
+def save_settings(config, model, table):
+    """Writes config.json and splits.csv. table: what `load_captions` returns, all splits of it."""
+    save_run(config.run_dir, dataclasses.replace(config, resume="no"), describe_towers(model))
+    write_splits(Path(config.run_dir) / SPLITS, table)
+
+
+def start_run(config, model, table, skipped):
+    """Makes the run folder with all but weights. A run that is there already moves aside. table: as for `save_settings`."""
     run_dir = Path(config.run_dir)
     move_aside(run_dir, "config.json")
     try:
@@ -191,6 +218,6 @@ def start_run(config, model, skipped):
         if skipped:
             (run_dir / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
         model.tokenizer.save(str(run_dir / "tokenizer.json"))
-        save_run(run_dir, replace(config, resume="no"), describe_towers(model))
+        save_settings(config, model, table)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None

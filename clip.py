@@ -18,18 +18,38 @@ import transformers
 from huggingface_hub import ModelHubMixin
 from torch import nn
 
-from config import CONTEXT_LENGTH, OPENAI, PRESETS, fill_in, is_openai, load_run
+from captions import SPLITS
+from config import CONTEXT_LENGTH, OPENAI, PRESETS, fill_in, is_openai, load_run, save_run, without_places
 from dataset import center_crop, resize_image
 from device import pick_device
 from modules import ImageEncoder, ProjectionHead, TextEncoder
 from openai_weights import load_openai
 from storage import UserError, write_whole
 from tokenizer import openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
-from towers import go_offline_without_hub, load_pretrained, random_text_tower
+from towers import from_hub, load_pretrained, random_text_tower
 
-TRAVELLING = ("config.json", "tokenizer.json", "README.md", "history.csv", "curves.png")  # of a run folder, beside its weights
+SETTINGS_AND_WEIGHTS = ("config.json", "model.safetensors")
+TRAVELLING = (
+    "tokenizer.json",
+    SPLITS,
+    "README.md",
+    "history.csv",
+    "curves.png",
+)  # of a run folder, beside weights and settings
+NEVER_FETCHED = (
+    "runs/",
+    "runs\\",
+    ".",
+    "/",
+    "\\",
+    "~",
+)  # beginnings of names that mean a folder here, and not one of a model hub
 last_tokenizer = None  # of the model that `load` returned last, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper's bound: logits are never scaled by more than 100
+
+
+class UnknownModel(UserError, RuntimeError):
+    """A name that is neither a run folder nor a model's; code written for OpenAI's `clip.load` expects a RuntimeError."""
 
 
 class CLIPModel(nn.Module, ModelHubMixin):
@@ -52,13 +72,26 @@ class CLIPModel(nn.Module, ModelHubMixin):
         self.tokenizer = tokenizer
         self.run_dir = None  # that `load` found it in
 
-    def _save_pretrained(self, save_directory):
-        """What huggingface_hub's save_pretrained and push_to_hub write: a run folder with the weights as they are now."""
+    def save_pretrained(self, save_directory, **options):
+        """huggingface_hub's call: writes a run folder with the weights as they are now. options: as there.
+
+        Into the run's own folder go the weights alone: huggingface_hub would first delete its config.json.
+        Raises UserError for a model that comes from no run folder.
+        """
         if self.run_dir is None:
             raise UserError("only a model that clip.load found in a run folder can be saved as one; train it with main.py")
         if Path(save_directory).resolve() != Path(self.run_dir).resolve():
-            for name in (name for name in TRAVELLING if Path(self.run_dir, name).exists()):
-                shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
+            return super().save_pretrained(save_directory, **options)
+        save_weights(self, save_directory)
+        if options.pop("push_to_hub", False):
+            return self.push_to_hub(**{"repo_id": Path(save_directory).name} | options)
+
+    def _save_pretrained(self, save_directory):
+        """What huggingface_hub's save_pretrained and push_to_hub write. No path of this machine goes along."""
+        run = load_run(self.run_dir)
+        save_run(save_directory, without_places(run["config"]), run["towers"])
+        for name in (name for name in TRAVELLING if Path(self.run_dir, name).exists()):
+            shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
         save_weights(self, save_directory)
 
     @classmethod
@@ -134,7 +167,7 @@ def create_model(config, captions):
     image_encoder = create_image_encoder(config, "random" if from_openai else config.image_weights)
     if config.text_weights == "pretrained" and config.text_encoder != "clip":
         tokenizer = pretrained_tokenizer(config.text_encoder, config.max_length)
-        text_tower = load_pretrained(transformers.AutoModel, config.text_encoder).float()
+        text_tower = load_pretrained(transformers.AutoModel, config.text_encoder, dtype=torch.float32)
     else:
         if config.text_encoder == "clip":
             tokenizer = openai_tokenizer(config.max_length)
@@ -172,11 +205,8 @@ def join_towers(config, image_encoder, text_encoder, tokenizer):
 
 def describe_towers(model):
     """What `load` needs to rebuild the towers without their sources, as plain values."""
-    return {
-        "image": {"size": model.image_encoder.size},
-        "text": model.text_encoder.tower.config.to_dict(),
-        "pooling": model.text_encoder.pooling,
-    }
+    text = model.text_encoder.architecture["config"]
+    return {"image": {"size": model.image_encoder.size}, "text": text, "pooling": model.text_encoder.pooling}
 
 
 def save_weights(model, run_dir):
@@ -203,7 +233,8 @@ def load(name, device="auto", jit=False):
     device: a torch device or its name; auto takes a GPU where there is one. jit: refused, as these towers do not script.
     preprocess maps a PIL image to the (3, size, size) pixels that model.encode_image takes, in batches.
     From then on `tokenize` uses this model's tokenizer.
-    Raises UserError for another name, a folder that holds no usable run, or weights that cannot be fetched.
+    Raises UnknownModel for another name (a RuntimeError, as OpenAI's call does), and UserError for a folder that holds no
+    usable run, or weights that cannot be fetched.
     """
     global last_tokenizer
     if jit:
@@ -214,7 +245,8 @@ def load(name, device="auto", jit=False):
         name = name if Path(name).is_dir() else fetch(str(name))
         run = load_run(name)
         image_encoder = create_image_encoder(run["config"], "random", run["towers"]["image"]["size"])
-        text_tower = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(**run["towers"]["text"]))
+        text_config = transformers.AutoConfig.for_model(**run["towers"]["text"])
+        text_tower = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
         text_encoder = TextEncoder(text_tower, run["towers"]["pooling"], run["config"].text_feature_layers)
         model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
         load_weights(model, name)
@@ -231,14 +263,18 @@ def load(name, device="auto", jit=False):
 
 
 def fetch(name):
-    """The folder of a run that was pushed to a model hub as USER/NAME, on this machine. Raises UserError where it has none."""
-    if name.count("/") == 1:
-        go_offline_without_hub()
+    """The folder of a run that was pushed to a model hub as USER/NAME, on this machine.
+
+    Raises UnknownModel where it has none. A name that means a folder here is not asked for: a stranger's model may have it.
+    """
+    if name.count("/") == 1 and not name.startswith(NEVER_FETCHED):
         try:
-            return huggingface_hub.snapshot_download(name, allow_patterns=[*TRAVELLING, "model.safetensors"])
+            return from_hub(
+                lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*TRAVELLING, *SETTINGS_AND_WEIGHTS])
+            )
         except (OSError, ValueError) as error:
-            print(f"{name}: not to be had from a model hub ({type(error).__name__})")
-    raise UserError(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
+            print(f"{name}: not found on a model hub ({type(error).__name__})")
+    raise UnknownModel(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
 
 
 def available_models():

@@ -11,7 +11,7 @@ import tyro
 
 from storage import UserError, write_json
 
-RUN_FORMAT = 1  # of a run folder's config.json; a folder of another format is refused
+RUN_FORMAT = 2  # of a run folder's config.json; a folder of another format is refused
 
 
 @dataclass
@@ -85,11 +85,17 @@ class Config:
     compile: bool = False  # torch.compile the towers: a minute or two at the start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
-    resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings unless flags differ; auto: if it can
+    resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings and new rates if given; auto: if it can
     save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
     deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
 
 
+FIXED_IN_A_RUN = (  # what makes the model and its input, which a resumed run keeps; weight files may lie elsewhere by then
+    *("image_encoder", "size", "patch_size", "image_width", "image_layers", "image_heads"),
+    *("text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
+    *("image_feature_stages", "text_feature_layers", "freeze", "train_image_from", "projection_dim", "num_projection_layers"),
+    *("gan", "seed"),
+)
 OPENAI = {  # OpenAI's name: (timm's name of the image tower, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
     "RN50": ("resnet50_clip", 1024, 512),
     "RN101": ("resnet101_clip", 512, 512),
@@ -250,6 +256,7 @@ def parse_config(arguments, default_preset):
     elif config.resume == "auto":
         config = replace(config, resume="no")
     config = fill_in(config)
+    check_run_dir(config.run_dir)
     check(config)
     return config, preset
 
@@ -276,6 +283,23 @@ def fill_in(config):
 def generated_a_batch(config):
     """How many of a batch's pictures are generated."""
     return round(config.extra_fraction * config.batch_size) if config.extra_data or config.gan == "joint" else 0
+
+
+def check_run_dir(run_dir):
+    """Raises UserError for a run folder that is the current folder or holds it: an earlier run's folder is renamed."""
+    if not run_dir or Path.cwd().is_relative_to(Path(run_dir).resolve()):
+        raise UserError(f'--run-dir "{run_dir}": a run needs a folder of its own; name one, such as runs/mine')
+
+
+def refuse_changes(config, saved):
+    """Raises UserError where a Config to resume with differs from the run's saved one in what makes the model or its input."""
+    for name in (*FIXED_IN_A_RUN, "image_weights"):
+        before, now = getattr(saved, name), getattr(config, name)
+        if before != now and (name in FIXED_IN_A_RUN or "random" in (before, now)):
+            raise UserError(
+                f"--{name.replace('_', '-')} {now}: {config.run_dir} was begun with {before!r}, and a resumed run keeps it; "
+                "leave the flag out, or start a new run with another --run-dir"
+            )
 
 
 def check(config):
@@ -347,13 +371,25 @@ def check(config):
         raise UserError(f"--text-width {config.text_width}: must be a multiple of --text-heads {config.text_heads}")
 
 
+def without_places(config):
+    """The Config with paths cut to their last part, as a run has it that goes elsewhere."""
+    places = ["data_dir", "image_path", "captions_path", "image_weights", "text_encoder", "extra_data", "run_dir", "cache_dir"]
+    return replace(config, **{name: without_place(getattr(config, name)) for name in places})
+
+
+def without_place(name):
+    """A path's last part; the name of a model on a hub, such as google-bert/bert-base-uncased, as it is."""
+    is_path = Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~"))
+    return Path(name).name if is_path else name
+
+
 def save_run(run_dir, config, towers):
     """Writes run_dir/config.json: the settings, and what rebuilding the towers takes."""
     write_json(Path(run_dir) / "config.json", {"format": RUN_FORMAT, "config": dataclasses.asdict(config), "towers": towers})
 
 
 def load_run(run_dir):
-    """{"config": Config, "towers": dict} of a run folder. Raises UserError where it is missing, damaged or foreign."""
+    """What `save_run` wrote, {"config": Config, "towers": dict}. Raises UserError where it is missing, damaged or foreign."""
     path = Path(run_dir) / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))

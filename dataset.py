@@ -24,12 +24,13 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from storage import UserError, file_facts, key_of
+from storage import UserError, file_facts, key_of, replace, require_space, unfinished
 
 HEIC_ENDINGS = {".heic", ".heif"}
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"} | HEIC_ENDINGS
 MOST_ELONGATED = 3  # width to height, or height to width; what a picture has beyond is cut off evenly at both ends
-VIEW = f"shorter side resized, at most 1 to {MOST_ELONGATED}, middle square"  # what scoring sees; a part of cache keys
+VIEW = f"shorter side resized, at most 1 to {MOST_ELONGATED}, middle square, OpenCV {cv2.__version__}"  # scored; of cache keys
+CROPS = f"random crops, albumentations {A.__version__}"  # trained on; a part of cache keys
 READ_AHEAD = 256  # pictures decoded before the first of them is used
 SHOWN = 3  # bad pictures that an error names
 
@@ -84,7 +85,7 @@ def read_heic(path):
         raise ValueError("HEIC pictures need pillow-heif: pip install pillow-heif") from None
     pillow_heif.register_heif_opener()
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=["HEIF"]) as picture:  # else the file's content would choose among all decoders
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from None
@@ -135,11 +136,12 @@ class DecodedImages:
         return self.pixels[self.ends[i] - height * width * 3 : self.ends[i]].reshape(height, width, 3)
 
 
-def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False):
+def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_to_come=0):
     """Decodes and resizes each picture once, into a cache that notices changed files.
 
+    bytes_to_come: what will be written into the cache afterwards, for which there has to be space, too.
     Returns (images, bad): DecodedImages, and {position: what is wrong} of the pictures that could not be read.
-    Raises UserError for such a picture unless skip_bad, and where the cache cannot be written.
+    Raises UserError for such a picture unless skip_bad, and where the cache has too little space or cannot be written.
     """
     folder = Path(cache_dir) / f"images-{key_of(VIEW, size, file_facts(paths), skip_bad)}"
     try:
@@ -148,6 +150,7 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False):
             raise ValueError(f"{folder}: of other pictures")
     except (OSError, ValueError, EOFError):
         shutil.rmtree(folder, ignore_errors=True)
+        require_space(cache_dir, len(paths) * size * size * 3 + bytes_to_come, "lower --size")
         write_decoded(folder, paths, size, num_workers, skip_bad)
         images = DecodedImages(folder)
     bad = {int(i): f"{paths[i]}: empty, truncated or not a picture" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
@@ -156,13 +159,13 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False):
 
 def write_decoded(folder, paths, size, num_workers, skip_bad):
     """Writes the folder of a DecodedImages, whole or not at all."""
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary = unfinished(folder)
     gigabytes = len(paths) * size * size * 1.4 * 3 / 1e9  # most photographs are about 1.4 times as long as wide
     print(f"decoding {len(paths):,} pictures into {folder.parent} (about {gigabytes:.2f} GB)")
     shapes, bad = [], []
     try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        with open(unfinished / "pixels.bin", "wb") as pixels:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with open(temporary / "pixels.bin", "wb") as pixels:
             progress = tqdm(
                 read_images(paths, size, num_workers), total=len(paths), desc="decoding", leave=False, unit="img", disable=None
             )
@@ -175,14 +178,14 @@ def write_decoded(folder, paths, size, num_workers, skip_bad):
             raise UserError(f"{'; '.join(bad[:SHOWN])}{more}; mend or remove it, or pass --skip-bad")
         if len(bad) == len(paths):
             raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
-        np.save(unfinished / "shapes.npy", np.array(shapes, dtype=np.int64))
-        os.replace(unfinished, folder)
+        np.save(temporary / "shapes.npy", np.array(shapes, dtype=np.int64))
+        replace(temporary, folder)
     except OSError as error:
         if folder.is_dir():  # another process was faster with the same pictures
             return
         raise UserError(f"--cache-dir {folder.parent}: cannot be written ({error.strerror}); name another folder") from None
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def as_batch(images):

@@ -1,7 +1,9 @@
 """Which device computes, and in which precision."""
 
 import ctypes
+import functools
 import os
+import shutil
 import sys
 
 import torch
@@ -15,26 +17,36 @@ def pick_device(name):
     """ "auto" or a torch device name -> torch.device. Raises UserError for one that is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
+            say_unused_gpu()
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not to be had here ({str(error).splitlines()[0]})") from None
+        raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
+
+
+@functools.cache  # once
+def say_unused_gpu():
+    cuda = torch.version.cuda
+    print(f"nvidia-smi is here, but torch finds no GPU, so the CPU computes; torch's CUDA {cuda} may need a newer driver")
 
 
 def pick_dtype(precision, device):
     """ "auto", "fp32", "bf16" or "fp16" -> torch dtype of matrix products; weights stay fp32.
 
-    auto is bf16 where the processor or GPU multiplies it natively, as emulation would be slower than fp32.
+    auto is bf16 where the processor or GPU multiplies it natively, as emulation would be slower than fp32, and fp16 on GPUs
+    whose tensor cores take nothing else: compute capability 7.0 to 7.5, such as V100 and T4.
     """
     if precision == "auto":
         if device.type == "cuda":
-            native = torch.cuda.get_device_capability(device) >= (8, 0)
+            capability = torch.cuda.get_device_capability(device)
+            precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
         else:
             features = torch.cpu.get_capabilities()
             native = device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
-        precision = "bf16" if native else "fp32"
+            precision = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 

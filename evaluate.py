@@ -1,13 +1,14 @@
 """Scores a run: python evaluate.py retrieval|match|zeroshot|sts --run RUN ...; leaks --data-dir DIR looks at a data set."""
 
 import sys
+from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import scipy.stats
 import tyro
 
-from captions import load_captions
+from captions import SPLITS, load_captions, training_images
 from config import OPENAI, PRESETS, load_run, parse_flags
 from dataset import center_crop, read_image
 from embedding import file_features, open_model, project, text_features, token_ids
@@ -120,11 +121,13 @@ def embed_split(run, data_dir, image_path, captions_path, split, skip_bad, num_w
         raise UserError(f"--run {run}: has no data of its own; name some with --data-dir")
     config = PRESETS["openai"] if run in OPENAI else load_run(run)["config"]
     sources = (config.data_dir, config.image_path, config.captions_path) if own_data else (data_dir, image_path, captions_path)
-    table, image_dir, skipped = load_captions(*sources, skip_bad=skip_bad, seed=config.seed)
+    table, image_dir, skipped = load_captions(*sources, skip_bad=skip_bad)
     chosen = table if split == "all" else table[table["split"] == split]
     if chosen.empty:
         counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
         raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all takes every image")
+    if run not in OPENAI and split != "train":
+        chosen = without_training_images(run, chosen, split)
     model, device, dtype = open_model(run, device, precision)
     names, _ = positions_of_images(chosen)
     I_f, bad = file_features(model, [image_dir / name for name in names], device, dtype, num_workers, skip_bad)
@@ -135,6 +138,23 @@ def embed_split(run, data_dir, image_path, captions_path, split, skip_bad, num_w
     if skipped or bad:
         print(f"left out: {len(skipped)} rows, {len(bad)} pictures")
     return similarities(model, I_f, T_f, device), image_of_text, captions, [image_dir / name for name in names]
+
+
+def without_training_images(run, table, split):
+    """A table without the images that a run was trained on, which it would find too easily; a line says how many those are.
+
+    --split all keeps them. Raises UserError where nothing is left.
+    """
+    trained = training_images(Path(run) / SPLITS, table)
+    if trained and split == "all":
+        print(f"{len(trained):,} of these images were trained on: a score that holds for new pictures leaves them out")
+        return table
+    if trained:
+        print(f"left out: {len(trained):,} images of the {split} split, which this run was trained on")
+        table = table[~table["image"].isin(trained)]
+    if table.empty:
+        raise UserError(f"--split {split}: {run} was trained on all of these images; score it on others")
+    return table
 
 
 def retrieval(

@@ -6,6 +6,7 @@ work on one file at a time, and one that is killed loses what it had not yet wri
 
 import os
 import sqlite3
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +17,17 @@ import torch
 from dataset import PICTURE_ENDINGS, VIEW
 from embedding import file_embeddings
 from index import FROM, Graph, open_graph
-from storage import UserError, key_of, key_of_weights
+from storage import UserError, key_of, key_of_model, remove_unfinished
+from utils.cache import note_use
 
 TABLE = """CREATE TABLE IF NOT EXISTS pictures (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again for another picture, nor for the same one changed
+    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- never used again: not for another picture or another file
     path TEXT UNIQUE NOT NULL,
     bytes INTEGER NOT NULL,
     changed INTEGER NOT NULL,              -- ns
     embedding BLOB                         -- d_e numbers of 32 bits; NULL: cannot be read
 )"""
+FIRST_ID = "INSERT INTO sqlite_sequence SELECT 'pictures', ? WHERE NOT EXISTS (SELECT * FROM sqlite_sequence)"
 PATIENCE = 60  # seconds to wait for another command's change
 WRITE_EVERY = 512  # pictures
 
@@ -32,23 +35,42 @@ WRITE_EVERY = 512  # pictures
 def find_pictures(folder):
     """{path: (bytes, time of change in ns)} of the pictures under a folder, at any depth.
 
+    Subfolders that may not be read and names that are not UTF-8 are left out, and a line counts them.
     Raises UserError where there are none.
     """
-    found = {}
+    found, unreadable, unnameable = {}, 0, 0
     if not Path(folder).is_dir():
         raise UserError(f"--images {folder}: no such folder")
     folders = [os.path.abspath(folder)]
     while folders:
-        with os.scandir(folders.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
-                elif os.path.splitext(entry.name)[1].lower() in PICTURE_ENDINGS and entry.is_file():
-                    stat = entry.stat()
-                    found[entry.path] = (stat.st_size, stat.st_mtime_ns)
+        try:
+            entries = list(os.scandir(folders.pop()))
+        except PermissionError:
+            unreadable += 1
+            continue
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(entry.path)
+            elif os.path.splitext(entry.name)[1].lower() in PICTURE_ENDINGS and entry.is_file():
+                if not is_unicode(entry.path):
+                    unnameable += 1
+                    continue
+                stat = entry.stat()
+                found[entry.path] = (stat.st_size, stat.st_mtime_ns)
+    if unreadable or unnameable:
+        print(f"left out {unreadable:,} folders that may not be read and {unnameable:,} pictures whose names are not UTF-8")
     if not found:
         raise UserError(f"--images {folder}: no pictures there ({', '.join(sorted(PICTURE_ENDINGS))})")
     return dict(sorted(found.items()))
+
+
+def is_unicode(path):
+    """False for a path with bytes that are not UTF-8, which Python carries as surrogates and SQLite does not take."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 @dataclass
@@ -72,8 +94,10 @@ def open_gallery(model, files, folder, cache_dir, device, dtype, num_workers=0, 
     the files is forgotten; None where they are not all of a folder. exact: without a graph, however many there are.
     Raises UserError where no picture can be read or cache_dir cannot be written.
     """
-    key = key_of(key_of_weights(model), VIEW, model.image_encoder.size, dtype)
-    path = Path(cache_dir) / f"gallery-{key}.sqlite"
+    path = Path(cache_dir) / f"gallery-{key_of(key_of_model(model), VIEW, dtype)}.sqlite"
+    remove_unfinished(cache_dir)
+    if model.run_dir:
+        note_use(model.run_dir, path)
     arguments = model, files, folder, device, dtype, num_workers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +106,7 @@ def open_gallery(model, files, folder, cache_dir, device, dtype, num_workers=0, 
         except sqlite3.OperationalError:
             raise
         except sqlite3.DatabaseError as error:
-            print(f"{path}: {error}; it is built anew")
+            print(f"{path}: {error}; it is built again")
             path.unlink()
             ids, paths, embeddings = update(path, *arguments)
     except (sqlite3.OperationalError, OSError) as error:
@@ -103,6 +127,7 @@ def update(path, model, files, folder, device, dtype, num_workers):
     with closing(sqlite3.connect(path, timeout=PATIENCE)) as database:
         with database:
             database.execute(TABLE)
+            database.execute(FIRST_ID, [time.time_ns()])  # the search graph may be left from a file that was lost
         begin = os.path.abspath(folder) if folder else os.path.commonpath([os.path.dirname(name) for name in files])
         inside = (os.path.join(begin, ""), os.path.join(begin, "\U0010ffff"))  # all paths that begin so
         rows = database.execute("SELECT path, bytes, changed FROM pictures WHERE path BETWEEN ? AND ?", inside)

@@ -19,7 +19,8 @@ from export import export_onnx
 from gallery import find_pictures, open_gallery
 from index import nearest
 from plots import draw_grid, overlay
-from storage import UserError, cached_tensor, key_of, key_of_weights, run_command, write_json
+from storage import UserError, cached_tensor, key_of, key_of_model, run_command, write_json
+from utils.cache import note_use
 
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
 LONGEST_QUERY = 1000  # characters; what people type is shorter, and towers read a few dozen words
@@ -98,7 +99,7 @@ def newest_run():
 def read_data(run):
     """(table, image_dir) of the data set that a run was trained on. Raises UserError where it is not there any more."""
     config = load_run(run)["config"]
-    table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad, config.seed)
+    table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
     return table, image_dir
 
 
@@ -122,13 +123,14 @@ def embed_captions(model, run, cache_dir, device, dtype):
     except UserError as error:
         print(f"no captions for pictures: {error}")
         return [], torch.empty(0, width)
-    key, shape = key_of(key_of_weights(model), dtype, captions), (len(captions), width)
+    path = Path(cache_dir) / f"captions-{key_of(key_of_model(model), dtype, captions)}.npy"
+    note_use(run, path)
 
     def compute():
         T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
         return [project(model.text_projection, T_f, device)]
 
-    return captions, cached_tensor(Path(cache_dir) / f"captions-{key}.npy", shape, torch.float32, compute)
+    return captions, cached_tensor(path, (len(captions), width), torch.float32, compute)
 
 
 def embed_file(model, path, device, dtype):

@@ -45,7 +45,6 @@ def leaks(
     data_dir: str = "",
     image_path: str = "",
     captions_path: str = "",
-    seed: int = 0,
     num_workers: int = 4,
     json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
 ):
@@ -55,13 +54,12 @@ def leaks(
         data_dir: folder with Images/ and a captions file
         image_path: folder of the images, where it is not in data_dir
         captions_path: captions file, where it is not in data_dir
-        seed: of the run, where it made the splits
         num_workers: threads that decode pictures
         json_path: file for the findings
     """
     if not (data_dir or captions_path):
         raise UserError("--data-dir: name the folder to look through")
-    table, image_dir, _ = load_captions(data_dir, image_path, captions_path, seed=seed)
+    table, image_dir, _ = load_captions(data_dir, image_path, captions_path)
     names = {split: sorted(set(rows["image"])) for split, rows in table[table["split"] != ""].groupby("split")}
     hashes = {split: difference_hashes([image_dir / name for name in own], num_workers) for split, own in names.items()}
     found = {"images": {split: len(own) for split, own in names.items()}, "same_name": [], "near_duplicates": []}

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import shlex
 import sys
 import textwrap
 import threading
@@ -22,21 +23,33 @@ import distributed
 import gradient_cache
 from captions import is_sided, load_captions, load_generated
 from card import write_card
-from checkpoint import best_rsum, has_checkpoint, load_last, only_run_in, save_last, start_run, write_history
+from checkpoint import (
+    PREVIOUS,
+    best_rsum,
+    has_checkpoint,
+    load_last,
+    only_run_in,
+    save_last,
+    save_settings,
+    start_run,
+    write_history,
+)
 from clip import MAX_LOGIT_SCALE, create_model, load_weights, loss_over_captions, save_weights
-from config import SHAPES, fill_in, generated_a_batch, is_openai, parse_config
+from config import SHAPES, fill_in, generated_a_batch, is_openai, load_run, parse_config, refuse_changes
 from dataset import CLIPDataset, PairSampler, decode_images, train_loader
 from Datasets import flickr8k, shapes
 from device import autocast, be_deterministic, pick_device, pick_dtype, speed_up_cpu
 from embedding import image_features, project, text_features, token_ids
 from evaluate import positions_of_images, recall_table, score
 from faults import at_sigterm, explain, leave_at_once
-from frozen import freeze_towers
+from frozen import bytes_of_activations, freeze_towers
 from joint import Joint
 from plots import draw_curves, draw_grid, draw_matches, draw_similarity
-from storage import UserError, key_of, run_command
+from storage import UserError, key_of, key_of_tensors, remove_unfinished, run_command
+from utils.cache import cache_line, note_use
 
 CHECK_EVERY = 20  # steps between looks at the loss, each of which waits for the device
+MIN_LOSS_SCALE = 1.0  # the fp16 scaler begins at 65,536 and halves it at each step that it leaves out
 SHOWN_QUERIES, SHOWN_MATCHES, SHOWN_PAIRS = 5, 6, 8  # in matches.png and similarity.png
 SHOWN_GENERATED = 16  # in generated.png
 
@@ -66,14 +79,20 @@ def rate_factor(step, steps, config, rsums):
 
 
 def parameter_groups(model, config):
-    """AdamW's groups: a rate for each tower and one for the heads; decay on weight matrices only."""
-    rates = {"image_encoder": config.image_encoder_lr, "text_encoder": config.text_encoder_lr}
+    """AdamW's groups: a rate for each encoder and one for the heads; decay on weight matrices only.
+
+    Which parameters stand together does not depend on the rates: a resumed run may change them.
+    """
+    rates = {"image_encoder": config.image_encoder_lr, "text_encoder": config.text_encoder_lr, "heads": config.head_lr}
     groups = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (rates.get(name.split(".")[0], config.head_lr), config.weight_decay if parameter.ndim > 1 else 0.0)
-            groups.setdefault(key, []).append(parameter)
-    return [{"params": params, "peak": rate, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+            part = name.split(".")[0]
+            groups.setdefault((part if part in rates else "heads", parameter.ndim > 1), []).append(parameter)
+    return [
+        {"params": params, "peak": rates[part], "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0}
+        for (part, decays), params in groups.items()
+    ]
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -103,15 +122,17 @@ def sources_of(pairs, generated):
     return [{i for caption in own for i in images[caption] if i < real} for own in captions[real:]]
 
 
-def read_pairs(config, table, image_dir, model, generated):
+def read_pairs(config, table, image_dir, model, generated, dtype):
     """Decodes the pictures of a table once. Returns ({"train": Pairs, "val": Pairs}, lines on pictures left out).
 
     generated: the names of those, last in the table, that are generated.
     """
     names, _ = positions_of_images(table)
     paths = [image_dir / name for name in names]
+    counts = [table["image"][table["split"] == split].nunique() for split in ("train", "val")]
+    to_come = bytes_of_activations(config, model.image_encoder, *counts, dtype)
     size = model.image_encoder.size
-    pictures, bad = decode_images(paths, size, config.cache_dir, config.num_workers, config.skip_bad)
+    pictures, bad = decode_images(paths, size, config.cache_dir, config.num_workers, config.skip_bad, to_come)
     position = {name: i for i, name in enumerate(names) if i not in bad}
     splits = {}
     for split in ("train", "val"):
@@ -133,11 +154,12 @@ def read_pairs(config, table, image_dir, model, generated):
 
 
 def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates, desc, joint=None, losses=(), after_step=None):
-    """One pass over the training images; returns the mean loss. rates: each step's rate factor.
+    """One pass over the training images; returns the mean loss and how many steps were left out. rates: each step's factor.
 
     joint: a `joint.Joint` to be trained too. losses: of the steps that were taken before. after_step: is called with the
     losses of all steps after each.
-    Raises UserError at a loss that is not finite.
+    In fp16 a step whose gradients are not finite is left out, as the scaler means it, and its losses are NaN.
+    Raises UserError at a loss that is not finite; in fp16 where one step after the other is left out.
     """
     model.train()
     for tower in (model.image_encoder, model.text_encoder):
@@ -168,22 +190,27 @@ def train_epoch(model, loader, sampler, optimizer, scaler, device, dtype, rates,
             loss = loss_over_captions(logits.float())
             total = loss + adversarial
             scaler.scale(total).backward()
+        scale = scaler.get_scale()  # 1 unless in fp16
         scaler.step(optimizer)
         scaler.update()
+        left_out = scaler.get_scale() < scale
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
-        losses.append(torch.stack([loss, total]).detach())
-        if step % CHECK_EVERY == 0 or step == sampler.steps - 1:
+        losses.append(torch.stack([loss, total]).detach() * (math.nan if left_out else 1.0))
+        if step % CHECK_EVERY == 0 or step == sampler.steps - 1 or left_out:
             recent = torch.stack(losses[-CHECK_EVERY:])
-            if not recent.isfinite().all():
+            broken = scaler.get_scale() < MIN_LOSS_SCALE if scaler.is_enabled() else not recent.isfinite().all()
+            if broken:
+                what = "in fp16 the gradient of one step after the other" if scaler.is_enabled() else "the loss"
                 raise UserError(
-                    f"{desc}, step {step + 1}: the loss is not finite; the last good checkpoint is kept, go on from it with "
+                    f"{desc}, step {step + 1}: {what} is not finite; the last good checkpoint is kept, go on from it with "
                     "--resume and lower rates (--head-lr, --image-encoder-lr, --text-encoder-lr)"
                 )
-            progress.set_postfix(loss=f"{recent[:, 0].mean():.3f}")
+            progress.set_postfix(loss=f"{recent[:, 0].nanmean():.3f}")
         if after_step:
             after_step(losses)
-    return torch.stack(losses)[:, 0].mean().item()
+    losses = torch.stack(losses)[:, 0]
+    return losses.nanmean().item(), int(losses.isnan().sum())
 
 
 def features(model, pairs, device, dtype):
@@ -208,15 +235,20 @@ def train(config):
         be_deterministic()
     run_dir, device, writes = Path(config.run_dir), pick_device(config.device), distributed.rank() == 0
     dtype = pick_dtype(config.precision, device)
+    if config.resume != "no" and (run_dir / "config.json").exists():
+        refuse_changes(config, load_run(run_dir)["config"])
+    if writes:
+        remove_unfinished(config.cache_dir)
     torch.manual_seed(config.seed)
 
-    table, image_dir, skipped = load_captions(
-        config.data_dir, config.image_path, config.captions_path, config.skip_bad, config.seed
-    )
-    table = table[table["split"].isin(["train", "val"])]
-    for split in ("train", "val"):
+    whole_table, image_dir, skipped = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
+    table = whole_table[whole_table["split"].isin(["train", "val"])]
+    for split, ending in (("train", "train"), ("val", "dev")):
         if split not in set(table["split"]):
-            raise UserError(f"{image_dir}: none of its images is in the {split} split; mend the split lists")
+            raise UserError(
+                f"{image_dir}: none of its images is in the {split} split; write their names into a file that ends in "
+                f"{ending}Images.txt, or take more images"
+            )
     model = create_model(config, table["caption"][table["split"] == "train"])
     generated = frozenset()
     if config.extra_data:
@@ -225,7 +257,7 @@ def train(config):
     if config.train_image_from:
         model.image_encoder.train_from(config.train_image_from)
     with distributed.first_alone():
-        splits, bad = read_pairs(config, table, image_dir, model, generated)
+        splits, bad = read_pairs(config, table, image_dir, model, generated, dtype)
     training, validation = splits["train"], splits["val"]
     counts = [f"{len(pairs.names):,} {name} images ({len(pairs.captions):,} captions)" for name, pairs in splits.items()]
     print(f"{' and '.join(counts)} from {image_dir}; left out: {len(skipped) + len(bad)}")
@@ -238,7 +270,7 @@ def train(config):
 
     with distributed.first_alone():  # the others see no earlier run
         if config.resume == "no" and writes:
-            start_run(config, model, skipped + bad)
+            start_run(config, model, whole_table, skipped + bad)
     new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
     if config.heads_first and new_heads and config.freeze != "both" and not has_checkpoint(run_dir):
         begun = config.resume if (run_dir / "heads" / "config.json").exists() else "no"
@@ -254,6 +286,7 @@ def train(config):
 
     model.to(device, memory_format=torch.channels_last)
     with distributed.first_alone():
+        note_use(run_dir, training.pictures.dataset.folder)
         freeze_towers(config, model, splits, image_dir, device, dtype)
     distributed.start_alike(model)
     average = None
@@ -271,11 +304,14 @@ def train(config):
         groups.append(joint.parameter_group)
     optimizer = torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    data = key_of(*((pairs.names, pairs.captions) for pairs in splits.values()))
-    save = partial(save_last, run_dir, model, optimizer, scaler, data=data, config=config, average=average, joint=joint)
+    keys = {"data": key_of(*((pairs.names, pairs.captions) for pairs in splits.values()))}
+    keys["frozen"] = key_of_tensors({name: value for name, value in model.named_parameters() if not value.requires_grad})
+    save = partial(save_last, run_dir, model, optimizer, scaler, keys=keys, config=config, average=average, joint=joint)
     history, losses = [], []
     if config.resume != "no" and has_checkpoint(run_dir):
-        history, losses = load_last(run_dir, model, optimizer, scaler, data, config, average, joint)
+        history, losses = load_last(run_dir, model, optimizer, scaler, keys, config, average, joint)
+        if writes:  # with new rates, say, or another place of the pictures
+            save_settings(config, model, whole_table)
         print(f"going on after epoch {len(history)}, step {len(losses)} of the next")
     if len(set(distributed.counts(len(history)))) > 1:
         raise UserError(f"--run-dir {run_dir}: not the same folder for all processes; put it on a disk that all machines share")
@@ -309,7 +345,7 @@ def train(config):
             first = epoch * sampler.steps
             rates = [rate_factor(step, steps, config, rsums) for step in range(first, first + sampler.steps)]
             args = model, loader, sampler, optimizer, scaler, device, dtype, rates, f"epoch {epoch + 1}", joint
-            loss = train_epoch(*args, losses, after_step)
+            loss, left_out = train_epoch(*args, losses, after_step)
             losses = []
             I_f, T_f = features(scored, validation, device, dtype)
             scores = score(scored, I_f, T_f, validation.image_of_text, device)
@@ -317,7 +353,7 @@ def train(config):
             row |= {"temperature": math.exp(-model.logit_scale.item()), "rate_factor": rates[-1]}
             for direction in ("image_to_text", "text_to_image"):
                 row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
-            row |= {"rsum": scores["rsum"], "seconds": time.perf_counter() - started}
+            row |= {"steps_left_out": left_out, "rsum": scores["rsum"], "seconds": time.perf_counter() - started}
             history.append(row)
             best = row["rsum"] > max([start_rsum, *rsums])
             if joint:
@@ -334,7 +370,8 @@ def train(config):
             print(
                 f"epoch {epoch + 1:{width}}/{config.epochs}  loss {loss:.3f} (chance {row['chance_loss']:.3f})  "
                 f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
-                f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s",
+                f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s"
+                + (f"  left out: {left_out} steps whose gradients were not finite in fp16" if left_out else ""),
                 flush=True,
             )
 
@@ -351,6 +388,7 @@ def train(config):
     print(recall_table(scores))
     if writes:
         write_card(run_dir, config, model, splits, scores)
+        (run_dir / PREVIOUS).unlink(missing_ok=True)  # for a run that ended well the last checkpoint is enough
     return model
 
 
@@ -405,12 +443,17 @@ def main():
         raise UserError("--gan joint: trains in one process; start it with python instead of torchrun")
     reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if preset == "shapes" and not flickr8k_dir else ""
     print(f"preset {preset}{reason}", flush=True)
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and distributed.size() == 1 and config.device in ("auto", "cuda") and config.gan == "none":
+        words = shlex.join(sys.argv[1:])
+        print(f"one of {gpus} GPUs is used; all: torchrun --nproc-per-node {gpus} main.py {words}", flush=True)
     try:
         with at_sigterm(leave_at_once), contextlib.nullcontext() if distributed.rank() else only_run_in(config.run_dir):
             with distributed.first_alone():
                 config = with_data(config, flickr8k_dir)
             train(config)
             distributed.leave()
+        print(cache_line(config.cache_dir))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(
             f"what was trained is in {config.run_dir}; --resume --run-dir {config.run_dir} goes on"

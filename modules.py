@@ -13,6 +13,7 @@ from storage import UserError
 from towers import SIZED, sized_image_tower, timm_tower
 
 BUCKET = 32  # captions that a CPU takes at a time
+OF_ITS_FILES = ("_name_or_path", "transformers_version", "dtype", "architectures")  # of a configuration: not of the model
 
 
 class Reached(Exception):
@@ -29,8 +30,8 @@ class ImageEncoder(nn.Module):
     feature_stages: names of `stages` whose outputs, averaged over the picture, stand behind the tower's own features.
     drop_path: stochastic depth, as for `towers.timm_tower`.
 
-    Attributes: width (d_i), size, attention_pool (whether the tower ends in one), and mean and std of the pixels that it
-    expects, (1, 3, 1, 1) in units of 0 to 255.
+    Attributes: width (d_i), size, attention_pool (whether the tower ends in one), architecture (what makes it, but for its
+    weights, in plain values), and mean and std of the pixels that it expects, (1, 3, 1, 1) in units of 0 to 255.
     Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
 
@@ -50,6 +51,7 @@ class ImageEncoder(nn.Module):
         self.attention_pool = isinstance(getattr(self.tower, "head", None), AttentionPool2d)
         self.pretrained = weights != "random"
         self.stage, self.activation_shape = None, None
+        self.architecture = {"name": name, "size": self.size, "sizes": sizes, "feature_stages": feature_stages}
         self.feature_stages = feature_stages
         if feature_stages:
             flag, known = f"--image-feature-stages {','.join(feature_stages)}", ", ".join(self.stages())
@@ -141,6 +143,8 @@ class ImageEncoder(nn.Module):
         """image: (n, 3, h, w) uint8 or float pixels of 0 to 255, or activations of `trunk` -> (n, d_i) features."""
         if image.shape[1:] != self.activation_shape:
             return self.features((image - self.mean) / self.std)
+        if not torch.is_autocast_enabled(image.device.type):
+            image = image.to(self.mean.dtype)  # they are kept in 16 bits
         # The tower runs on one grey image, whose activations give way to these where the stage begins.
         stage = self.tower.get_submodule(self.stage)
         hook = stage.register_forward_pre_hook(lambda module, inputs: (image, *inputs[1:]))
@@ -176,7 +180,8 @@ class TextEncoder(nn.Module):
     only what stands before them, the mean for those that see both ways.
     layers: how many of the tower's last layers give features; those of each stand side by side, the last layer's first.
 
-    Attributes: width (d_t), pooling (never "auto"), and max_length, the most tokens that the tower takes.
+    Attributes: width (d_t), pooling (never "auto"), max_length, the most tokens that the tower takes, and architecture (what
+    makes it, but for its weights, in plain values).
     """
 
     def __init__(self, tower, pooling="auto", layers=1):
@@ -190,6 +195,8 @@ class TextEncoder(nn.Module):
         self.width = layers * tower.config.hidden_size
         self.max_length = getattr(tower.config, "max_position_embeddings", None) or 10**6
         self.pooling = pooling if pooling != "auto" else "last" if self.is_causal() else "mean"
+        config = {key: value for key, value in tower.config.to_dict().items() if key not in OF_ITS_FILES}
+        self.architecture = {"config": config, "pooling": self.pooling, "layers": layers}
 
     @torch.no_grad()
     def is_causal(self):

@@ -3,12 +3,13 @@
 import logging
 import re
 import warnings
+from functools import partial
 
 import torch
 from timm.models import byobnet, vision_transformer
 
 from storage import UserError
-from towers import go_offline_without_hub, read_weight_file
+from towers import from_hub, read_weight_file
 
 TEXT_NAMES = [  # OpenAI's names of the text tower's tensors, and transformers'
     (r"token_embedding\.", r"embeddings.token_embedding."),
@@ -52,11 +53,11 @@ def load_openai(model, name, weights, whole):
 def hub_state(name):
     import open_clip  # an import of seconds that other towers do without
 
-    go_offline_without_hub()
     theirs = re.sub("/|@", "-", name).removesuffix("px")
     logging.disable(logging.ERROR)  # what it logs of a failed download, our one line says
     try:
-        return open_clip.create_model(theirs, pretrained="openai", force_quick_gelu=True).state_dict()
+        create = partial(open_clip.create_model, theirs, pretrained="openai", force_quick_gelu=True)
+        return from_hub(create).state_dict()
     except (OSError, RuntimeError):
         raise UserError(
             f"{name}: OpenAI's weights are neither on this machine nor to be fetched from a model hub; "

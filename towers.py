@@ -1,8 +1,6 @@
 """Towers from names, weight files and sizes: timm's for pictures, Hugging Face's for text."""
 
 import logging
-import urllib.error
-import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -26,19 +24,34 @@ transformers.logging.disable_progress_bar()
 logging.getLogger("timm").setLevel(logging.CRITICAL)  # its errors come as exceptions too
 
 
-def go_offline_without_hub():
-    """Where no model hub answers, tells huggingface_hub so: files fetched before still load, others fail at once.
+def from_hub(load):
+    """What load() returns of a model hub's files: of those that were fetched before, else of those that it then fetches.
 
-    Left alone, the libraries try every file five times with growing pauses.
+    Raises what load() does, an OSError or a RuntimeError, within HUB_TIMEOUT where no hub answers: left alone, the libraries
+    try every file five times with growing pauses.
     """
-    if huggingface_hub.constants.HF_HUB_OFFLINE:
-        return
+    constants = huggingface_hub.constants
+    if constants.HF_HUB_OFFLINE:
+        return load()
+    constants.HF_HUB_OFFLINE = True
     try:
-        urllib.request.urlopen(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT).close()
-    except urllib.error.HTTPError:
-        pass  # an answer, whatever it says
-    except OSError:
-        huggingface_hub.constants.HF_HUB_OFFLINE = True
+        return load()
+    except (OSError, RuntimeError) as error:
+        missing = error
+    finally:
+        constants.HF_HUB_OFFLINE = False
+    if not hub_answers():
+        raise missing
+    return load()
+
+
+def hub_answers():
+    """Whether a model hub is reached, asked as downloads are: with the same certificates, proxies and address."""
+    try:
+        huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # of whichever HTTP library this version of huggingface_hub uses
+        return False
+    return True
 
 
 def timm_tower(name, weights, drop_path=0.0):
@@ -49,10 +62,9 @@ def timm_tower(name, weights, drop_path=0.0):
     Raises UserError for an unknown name, weights that do not fit, a hub that cannot be reached, or a model without such
     branches.
     """
-    if weights == "pretrained":
-        go_offline_without_hub()
+    create = partial(timm.create_model, name, num_classes=0, drop_path_rate=drop_path or None)
     try:
-        tower = timm.create_model(name, pretrained=weights == "pretrained", num_classes=0, drop_path_rate=drop_path or None)
+        tower = from_hub(partial(create, pretrained=True)) if weights == "pretrained" else create()
     except TypeError:
         if not drop_path:
             raise
@@ -143,12 +155,11 @@ def random_text_tower(model_type, width, layers, heads, vocab_size, max_length):
     return config
 
 
-def load_pretrained(auto_class, name):
-    """auto_class.from_pretrained(name). Raises UserError where there is no such folder and no hub has it."""
-    if not Path(name).is_dir():
-        go_offline_without_hub()
+def load_pretrained(auto_class, name, **options):
+    """auto_class.from_pretrained(name, **options). Raises UserError where there is no such folder and no hub has it."""
+    load = partial(auto_class.from_pretrained, name, **options)
     try:
-        return auto_class.from_pretrained(name)
+        return load() if Path(name).is_dir() else from_hub(load)
     except (OSError, ValueError, ImportError, KeyError) as error:
         what = "tokenizer" if auto_class is transformers.AutoTokenizer else "model"
         if Path(name).is_dir():

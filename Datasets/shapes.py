@@ -19,15 +19,17 @@ The second writes pictures of one shape each, in a folder for every pair of colo
 import argparse
 import csv
 import itertools
-import os
 import random
-import shutil
-from contextlib import contextmanager
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
 import numpy as np
+
+if __name__ == "__main__":  # as a script it does not see the folder above
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from storage import whole_folder
 
 COLORS = {  # name: (words, RGB)
     "red": (["red", "crimson"], (214, 39, 40)),
@@ -264,20 +266,6 @@ def paint(scene, side, rng):
 def write_picture(path, scene, side, rng):
     if not cv2.imwrite(str(path), cv2.cvtColor(paint(scene, side, rng), cv2.COLOR_RGB2BGR)):
         raise OSError(f"{path}: could not be written")
-
-
-@contextmanager
-def whole_folder(folder):
-    """A new folder to write into, which then takes the place of `folder`; where something fails, that stays as it was."""
-    unfinished = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    unfinished.mkdir(parents=True)
-    try:
-        yield unfinished
-        if folder.exists():
-            shutil.rmtree(folder)
-        os.replace(unfinished, folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def draw(folder, train=6000, val=300, test=300, side=96, seed=0):

@@ -1,21 +1,30 @@
 """The page, driven in headless Chromium as a person would."""
 
+import http.server
+import itertools
+import json
+import re
+import resource
 import shutil
 import socket
+import threading
+import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 from PIL import Image
 
 import app
 import inference
 from embedding import open_model
-from gallery import open_gallery
+from gallery import find_pictures, open_gallery
 from inference import embed_captions, files_to_search
 from storage import UserError
 
@@ -134,6 +143,136 @@ def test_no_path_from_outside_reaches_the_disk(address, run):
             with pytest.raises(urllib.error.HTTPError) as refused:
                 urllib.request.urlopen(address + route + urllib.parse.quote(path))
             assert refused.value.code in (403, 404)
+
+
+def ask(address, endpoint, data):
+    """What an endpoint of the page's API answers: the last event and its data."""
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{address}/gradio_api/call/{endpoint}", json.dumps({"data": data}).encode(), headers)
+    try:
+        event = json.load(urllib.request.urlopen(request, timeout=60))["event_id"]
+        answer = urllib.request.urlopen(f"{address}/gradio_api/call/{endpoint}/{event}", timeout=60).read().decode()
+    except urllib.error.HTTPError as error:
+        return "error", f"{error.code} {error.read().decode()}"
+    [*_, kind, said] = [line for line in answer.splitlines() if line]
+    return kind.removeprefix("event: "), said.removeprefix("data: ")
+
+
+def upload(address, content, name="picture.png"):
+    """Uploads a file as the page does, and returns the path that gradio gave it."""
+    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{address}/gradio_api/upload", head + content + b"\r\n--x--\r\n", headers)
+    [path] = json.load(urllib.request.urlopen(request, timeout=60))
+    return path
+
+
+def endpoints(address):
+    return {name.strip("/") for name in json.load(urllib.request.urlopen(f"{address}/gradio_api/info"))["named_endpoints"]}
+
+
+META = {"_type": "gradio.FileData"}
+
+
+def test_an_uploaded_picture_is_answered_over_the_api(address, sample):
+    path = upload(address, sorted((sample / "Images").iterdir())[0].read_bytes())
+    assert endpoints(address) == {"find", "look", "decide"}
+    for payload in ({"path": path}, {"path": path, "meta": META}):
+        kind, said = ask(address, "look", [payload])
+        assert kind == "complete" and said.count(".png") + said.count(".webp") >= app.SHOWN
+        kind, said = ask(address, "decide", [payload, "a red circle, a blue star"])
+        assert kind == "complete" and "a blue star" in said
+
+
+def test_no_endpoint_reads_a_path_that_was_not_uploaded(address, sample, tmp_path):
+    """A private picture, a text file, what does not exist: absolute, by .., by links, addresses and shares. All alike."""
+    folder = Path(app.get_upload_folder())
+    private = sorted((sample / "Images").iterdir())[0]
+    uploaded = Path(upload(address, private.read_bytes()))
+    link = uploaded.with_name("link.png")
+    link.symlink_to(private)
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    asked = []
+    listener.RequestHandlerClass.log_message = lambda handler, *_: asked.append(handler.path)
+    threading.Thread(target=listener.serve_forever, daemon=True).start()
+    paths = [
+        str(private), "/etc/passwd", "/etc/not-there", str(tmp_path), "/proc/self/environ", f"{folder}/../../../{private}",
+        f"{folder}/nothing.png", str(folder), str(link), f"http://127.0.0.1:{listener.server_port}/x.png", f"file://{private}",
+        r"\\\\127.0.0.1\\share\\x.png", "//127.0.0.1/share/x.png", "~/.bashrc", "\0", "x" * 5000, "..", " ",
+    ]  # fmt: skip
+    for meta in ({}, {"meta": META}, {"meta": META, "url": paths[-9]}, {"url": paths[9], "orig_name": "x.png", "size": 1}):
+        answers = {ask(address, "look", [{"path": path} | meta]) for path in paths}
+        answers |= {ask(address, "decide", [{"path": path} | meta, "a, b"]) for path in paths}
+        assert {kind for kind, _ in answers} == {"error"}
+        assert len(answers) <= 2 and not any("passwd" in said or str(tmp_path) in said for _, said in answers), answers
+    same = [ask(address, "look", [{"path": path}]) for path in ("/etc/passwd", "/etc/not-there", str(folder / "nothing.png"))]
+    assert same[0] == same[1] == same[2]
+    assert asked == []
+    for text in ({"path": str(private)}, {"path": str(private), "meta": META}, [1, 2], 5, True):
+        assert "passwd" not in ask(address, "find", [text, text])[1]
+    listener.shutdown()
+    listener.server_close()
+
+
+def test_a_gigabyte_of_zeros_is_refused_before_it_is_read(address):
+    path = Path(upload(address, b"x")).with_name("zeros.png")
+    with open(path, "wb") as file:
+        file.truncate(2**30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert ask(address, "look", [{"path": str(path), "meta": META}])[0] == "error"
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+    zeros = (bytes(2**20) for _ in range(1024))
+    headers = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": str(2**30)}
+    head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="zeros.png"\r\n\r\n'
+    request = urllib.request.Request(f"{address}/gradio_api/upload", itertools.chain([head], zeros), headers)
+    with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)):
+        urllib.request.urlopen(request, timeout=60)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000
+
+
+def test_what_is_left_out_of_a_request_is_answered_in_words(address):
+    assert ask(address, "look", [None])[0] == "complete"
+    for endpoint, data in (("find", [None, None]), ("decide", [None, None]), ("decide", [None, "a, b"])):
+        kind, said = ask(address, endpoint, data)
+        assert kind == "error" and "NoneType" not in said and ("query is empty" in said or "drop a picture" in said)
+    assert ask(address, "find", ["a red circle", None])[0] == "complete"
+
+
+def test_a_picture_that_was_deleted_meanwhile_is_left_out_of_the_answer(run, sample, tmp_path):
+    shutil.copytree(sample / "Images", tmp_path / "pictures")
+    model, device, dtype = open_model(run, "cpu", "fp32")
+    gallery = open_gallery(model, find_pictures(tmp_path / "pictures"), None, tmp_path / "cache", device, dtype)
+    page, port = app.build_page("x", model, gallery, [], torch.empty(0, 256), None, device, dtype), free_port()
+    app.launch(page, "127.0.0.1", port, wait=False)
+    first = ask(f"http://127.0.0.1:{port}", "find", ["a red circle", ""])[1]
+    name = re.search(r"\d+\.png", first)[0]
+    (tmp_path / "pictures" / name).unlink()
+    kind, said = ask(f"http://127.0.0.1:{port}", "find", ["a red circle", ""])
+    page.close()
+    assert kind == "complete" and name not in said and said.count('"caption"') == app.SHOWN - 1
+
+
+def test_uploads_and_results_do_not_pile_up(run, sample, tmp_path, monkeypatch):
+    monkeypatch.setattr(app, "CACHE_CHECK", 1)
+    monkeypatch.setattr(app, "CACHE_AGE", 1)
+    model, device, dtype = open_model(run, "cpu", "fp32")
+    gallery = open_gallery(model, files_to_search(run, ""), None, tmp_path / "cache", device, dtype)
+    page, port = app.build_page("x", model, gallery, [], torch.empty(0, 256), None, device, dtype), free_port()
+    folder = Path(app.get_upload_folder())
+
+    def files():
+        return {path for path in folder.rglob("*") if path.is_file()}
+
+    before = files()
+    app.launch(page, "127.0.0.1", port, wait=False)
+    path = upload(f"http://127.0.0.1:{port}", sorted((sample / "Images").iterdir())[1].read_bytes(), "piled.png")
+    assert ask(f"http://127.0.0.1:{port}", "look", [{"path": path, "meta": META}])[0] == "complete"
+    assert Path(path).exists()
+    deadline = time.monotonic() + 30
+    while files() - before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    page.close()
+    assert files() - before == set()
 
 
 def test_a_port_in_use_is_named(run, tmp_path):

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from captions import load_captions, seeded_split
+from captions import hashed_split, load_captions, training_images, write_splits
 from storage import UserError
 
 PAIRS = [(f"{i}.jpg", f"caption {j} of picture {i} , with a comma") for i in range(20) for j in range(1 + i % 3)]
@@ -67,20 +67,41 @@ def test_image_and_captions_path_need_no_data_dir(folder, tmp_path):
     assert len(table) == len(PAIRS)
 
 
-def test_seeded_split_depends_on_names_and_seed_alone():
-    names = [f"{i}.jpg" for i in range(100)]
-    rows = names * 5
-    random.Random(0).shuffle(rows)
-    assert seeded_split(rows, seed=3) == seeded_split(names, seed=3) != seeded_split(names, seed=4)
-    counts = list(seeded_split(rows, seed=3).values())
-    assert (counts.count("train"), counts.count("val"), counts.count("test")) == (80, 10, 10)
+def test_a_name_has_the_same_split_whatever_other_images_there_are(folder):
+    """In Kaggle's layout, without lists, one file less moves no other image."""
+    (folder / "captions.txt").write_text(as_csv(), encoding="utf-8")
+    before = dict(load_captions(folder)[0][["image", "split"]].to_numpy())
+    (folder / "captions.txt").write_text("\n".join(line for line in as_csv().splitlines() if not line.startswith("7.jpg")))
+    after = dict(load_captions(folder)[0][["image", "split"]].to_numpy())
+    assert set(before) - set(after) == {"7.jpg"} and after.items() <= before.items()
+
+
+def test_hashed_splits_are_worked_from_the_name_and_nearly_80_10_10():
+    """SHA-1 of 1000268201_693b08cb0e.jpg begins with 8f61, so 0.56 of the way; of 2.jpg, 11.jpg with 0 and 2 (sha1sum)."""
+    names = ["1000268201_693b08cb0e.jpg", "2.jpg", "11.jpg"]
+    assert list(map(hashed_split, names)) == ["train", "val", "test"]
+    splits = [hashed_split(f"{i}.jpg") for i in range(10_000)]
+    assert [splits.count(split) for split in ("train", "val", "test")] == pytest.approx([8000, 1000, 1000], abs=120)
+
+
+def test_images_that_a_run_was_trained_on_are_known_by_name_and_captions(folder, tmp_path):
+    (folder / "captions.txt").write_text(as_csv(), encoding="utf-8")
+    table, _, _ = load_captions(folder)
+    write_splits(tmp_path / "splits.csv", table)
+    trained = set(table["image"][table["split"] == "train"])
+    assert training_images(tmp_path / "splits.csv", table.assign(split="test")) == trained  # wherever they stand now
+    other = table.assign(caption=[f"another picture, {caption}" for caption in table["caption"]])
+    assert training_images(tmp_path / "splits.csv", other) == set()  # 1.jpg of another data set
+    (tmp_path / "splits.csv").write_text("image\n1.jpg\n")
+    with pytest.raises(UserError, match=r"splits\.csv: missing or damaged"):
+        training_images(tmp_path / "splits.csv", table)
 
 
 def test_no_image_stands_in_two_splits_under_shuffled_rows(folder):
     header, *rows = as_csv().splitlines()
     random.Random(1).shuffle(rows)
     (folder / "captions.txt").write_text("\n".join([header, *rows]), encoding="utf-8")
-    table, _, _ = load_captions(folder, seed=5)
+    table, _, _ = load_captions(folder)
     assert table.groupby("image")["split"].nunique().max() == 1
 
 
@@ -108,7 +129,32 @@ def test_validation_comes_from_training_where_no_list_names_it(folder):
     (folder / "captions.txt").write_text(as_csv(), encoding="utf-8")
     (folder / "my.trainImages.txt").write_text("".join(f"{i}.jpg\n" for i in range(20)))
     table, _, _ = load_captions(folder)
-    assert table["image"][table["split"] == "val"].nunique() == 2
+    validation = {name for name in table["image"] if hashed_split(name) == "val"}
+    assert set(table["image"][table["split"] == "val"]) == validation and 0 < len(validation) < 5
+
+
+@pytest.mark.parametrize("delimiter", ["\t", "|"])
+def test_a_single_quotation_mark_between_tabs_or_bars_swallows_no_row(folder, delimiter):
+    rows = [
+        ("1.jpg", '"a dog', '"a dog'),
+        ("2.jpg", 'a cat"', 'a cat"'),
+        ("3.jpg", f'"a bird{delimiter} or two"', f"a bird{delimiter} or two"),
+        ("4.jpg", '"a ""big"" fish"', 'a "big" fish'),
+        ("5.jpg", 'a 5" pipe', 'a 5" pipe'),
+    ]
+    lines = [f"image{delimiter}caption", *(f"{name}{delimiter}{written}" for name, written, _ in rows)]
+    (folder / "captions.txt").write_text("\r\n".join(lines), encoding="utf-8", newline="")
+    table, _, skipped = load_captions(folder)
+    assert list(zip(table["image"], table["caption"])) == [(name, caption) for name, _, caption in rows] and skipped == []
+
+
+def test_a_row_that_a_quotation_mark_between_commas_swallows_is_named(folder):
+    text = 'image,caption\n1.jpg,"a dog\n2.jpg,a cat"\n3.jpg,"a bird\non two lines"\n'
+    (folder / "captions.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(UserError, match="row 3: a quotation mark that is not closed before the next row"):
+        load_captions(folder)
+    table, _, _ = load_captions(folder, skip_bad=True)
+    assert list(table["caption"]) == ["a bird\non two lines"]
 
 
 BAD = {

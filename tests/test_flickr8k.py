@@ -18,6 +18,21 @@ def test_it_is_found_where_a_place_holds_data(tmp_path, monkeypatch):
     assert flickr8k.find() == str(tmp_path / "full")
 
 
+@pytest.mark.parametrize("place", ["flickr8k", "datasets/owner/flickr8k", "a/b/c/d", "datasets/owner/flickr8k/Flickr8k"])
+def test_it_is_found_wherever_kaggle_mounts_it(tmp_path, monkeypatch, place):
+    monkeypatch.setattr(flickr8k, "PLACES", [])
+    monkeypatch.setattr(flickr8k, "KAGGLE_INPUT", str(tmp_path))
+    assert flickr8k.find() is None
+    (tmp_path / "competition" / "x").mkdir(parents=True)
+    (tmp_path / "competition" / "captions.txt").touch()  # has no Images/ beside it
+    (tmp_path / "x" / "y" / "z" / "too" / "deep" / "Images").mkdir(parents=True)
+    (tmp_path / "x" / "y" / "z" / "too" / "deep" / "captions.txt").touch()
+    assert flickr8k.find() is None
+    (tmp_path / place / "Images").mkdir(parents=True)
+    (tmp_path / place / "captions.txt").touch()
+    assert flickr8k.find() == str(tmp_path / place)
+
+
 def kagglehub(monkeypatch, fetch):
     monkeypatch.setitem(sys.modules, "kagglehub", types.SimpleNamespace(dataset_download=fetch))
     monkeypatch.setattr(flickr8k, "find", lambda: None)

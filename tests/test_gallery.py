@@ -140,7 +140,52 @@ def test_a_damaged_file_is_built_anew(opened, tmp_path, capsys):
     [path] = (tmp_path / "cache").glob("*.sqlite")
     path.write_bytes(b"no database" * 100)
     assert torch.equal(opened().embeddings, first.embeddings)
-    assert "built anew" in capsys.readouterr().out
+    assert "built again" in capsys.readouterr().out
+
+
+def test_after_a_damaged_file_a_large_gallery_still_finds_each_picture_by_itself(opened, tmp_path, folder, monkeypatch):
+    """The search graph outlives the file whose numbers it holds: those must not name other pictures now."""
+    monkeypatch.setattr(gallery, "FROM", 3)
+    opened()
+    [path] = (tmp_path / "cache").glob("*.sqlite")
+    (folder / "aaa.png").write_bytes(sorted((folder / "deeper").iterdir())[0].read_bytes()[::-1])  # shifts what comes after
+    picture = np.random.default_rng(0).integers(256, size=(90, 90, 3), dtype=np.uint8)
+    cv2.imwrite(str(folder / "aab.png"), picture)
+    for harm in (lambda: path.write_bytes(b"no database" * 100), path.unlink):
+        harm()
+        found = opened()
+        assert len(found.paths) == 7 and found.graph is not None
+        for position, embedding in enumerate(found.embeddings):
+            scores, best = index.nearest(found.searched, embedding, 1)
+            assert best.tolist() == [position] and scores.item() == pytest.approx(1, abs=1e-5)
+
+
+def test_names_that_are_not_utf8_and_folders_that_may_not_be_read_are_left_out_and_counted(opened, folder, monkeypatch, capsys):
+    shutil.copy(sorted((folder / "deeper").iterdir())[0], os.fsencode(folder) + b"/caf\xe9.png")
+    (folder / "private").mkdir()
+    scandir = os.scandir
+
+    def refusing(path):  # root may read every folder
+        if os.path.basename(path) == "private":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(gallery.os, "scandir", refusing)
+    assert len(opened().paths) == 6
+    said = capsys.readouterr().out
+    assert "left out 1 folders that may not be read and 1 pictures whose names are not UTF-8" in said
+
+
+def test_a_heic_file_is_read_by_its_own_decoder_alone(tmp_path):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    picture = np.zeros((40, 60, 3), np.uint8)
+    picture[:, :30] = (200, 30, 30)
+    pillow_heif.from_pillow(Image.fromarray(picture)).save(tmp_path / "a.heic", quality=90)
+    image = read_image(tmp_path / "a.heic", 40)
+    assert image.shape == (40, 60, 3) and abs(image[20, 10].astype(int) - (200, 30, 30)).max() < 20
+    Image.fromarray(picture).save(tmp_path / "b.heic", format="PNG")  # stands for PostScript, which runs programs
+    with pytest.raises((ValueError, OSError)):
+        read_image(tmp_path / "b.heic", 40)
 
 
 def test_a_cache_that_cannot_be_written_is_named(opened, tmp_path):

@@ -1,6 +1,7 @@
 """The generator: its losses, its folder, the pairs that it makes, and what training with them does."""
 
 import csv
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -13,7 +14,9 @@ from torch import nn
 import clip
 import GAN
 import main
+import storage
 from captions import load_captions, load_generated
+from checkpoint import only_run_in
 from config import parse_config
 from dataset import PairSampler, read_image
 from device import autocast
@@ -68,7 +71,7 @@ def test_the_gradient_penalty_is_half_the_squared_slope():
 def test_the_folder_holds_a_grid_an_epoch_and_the_averaged_weights(gan):
     run_dir, _ = gan
     assert {path.name for path in run_dir.iterdir()} == {
-        "gan.json", "last.pt", "previous.pt", "generator.safetensors", "history.csv", "samples",
+        "gan.json", "last.pt", "cache.txt", "generator.safetensors", "history.csv", "samples",
     }  # fmt: skip
     assert sorted(path.name for path in (run_dir / "samples").iterdir()) == ["epoch-001.png", "epoch-002.png"]
     history = pd.read_csv(run_dir / "history.csv")
@@ -86,6 +89,41 @@ def test_a_resumed_generator_equals_an_uninterrupted_one(gan, tmp_path):
     for part in ("generator", "discriminator", "average"):
         whole, halves = (torch.load(folder / "last.pt", weights_only=True)[part] for folder in (run_dir, tmp_path / "gan"))
         assert all(torch.equal(whole[name], halves[name]) for name in whole)
+
+
+def test_a_resumed_generator_takes_the_rates_that_it_is_given(gan, tmp_path):
+    _, flags = gan
+    GAN.train(*GAN.parse_config([*flags, "--run-dir", str(tmp_path / "gan"), "--epochs", "1"]))
+    before = torch.load(tmp_path / "gan" / "last.pt", weights_only=True)
+    low = ["--generator-lr", "1e-9", "--discriminator-lr", "1e-9", "--epochs", "2"]
+    GAN.train(*GAN.parse_config(["shapes", "--run-dir", str(tmp_path / "gan"), "--resume", *low]))
+    after = torch.load(tmp_path / "gan" / "last.pt", weights_only=True)
+    for part in ("generator", "discriminator"):
+        names = [name for name in before[part] if "running" not in name and "num_batches" not in name]
+        assert max((after[part][name] - before[part][name]).abs().max().item() for name in names) < 1e-6
+    assert GAN.load_gan(tmp_path / "gan")["config"].generator_lr == 1e-9
+
+
+def test_pictures_that_a_killed_process_left_half_written_stop_no_training(gan, tmp_path, forked):
+    _, flags = gan
+    process = forked(int)
+    process.join()
+    left = tmp_path / "gan" / f"pictures.{storage.HOST}-{process.pid}.tmp"
+    (left / "Images").mkdir(parents=True)
+    (left / "Images" / "generated-000000.png").write_bytes(b"half")
+    with only_run_in(tmp_path / "gan"):
+        GAN.train(*GAN.parse_config([*flags, "--run-dir", str(tmp_path / "gan"), "--epochs", "1"]))
+    assert not left.exists() and (tmp_path / "gan" / "generator.safetensors").exists()
+
+
+def test_pictures_that_cannot_be_written_end_in_one_line_and_what_was_there_stays(gan, pairs, tmp_path, monkeypatch):
+    shutil.copytree(pairs, tmp_path / "pairs")
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    monkeypatch.setattr(GAN.cv2, "imwrite", lambda *_: False)  # how OpenCV says that a disk is full
+    flags = ["shapes", "--run-dir", str(gan[0]), "--generate", "3", "--output", str(tmp_path / "pairs")]
+    with pytest.raises(UserError, match="pairs: its pictures cannot be written"):
+        GAN.write_pairs(*GAN.parse_config(flags))
+    assert before == sorted(path.name for path in tmp_path.rglob("*"))
 
 
 def test_generated_pairs_carry_training_captions_only(pairs, sample, run):

@@ -39,6 +39,24 @@ def test_match_writes_scores_and_a_picture(run, tmp_path, evaluate_here):
         evaluate_here(*flags, "--choices", "25")
 
 
+def test_images_that_a_run_was_trained_on_are_left_out_of_its_scores(run, sample, tmp_path, evaluate_here, capsys):
+    """As after a change of the lists: 5 of 24 test images now were training images."""
+    shutil.copytree(sample, tmp_path / "data")
+    lists = tmp_path / "data" / "shapes.trainImages.txt", tmp_path / "data" / "shapes.testImages.txt"
+    train, test = (path.read_text().split() for path in lists)
+    lists[0].write_text("\n".join(train[5:]))
+    lists[1].write_text("\n".join([*test, *train[:5]]))
+    flags = ["--run", run, "--data-dir", tmp_path / "data", "--json", tmp_path / "scores.json"]
+    evaluate_here("retrieval", *flags, "--split", "test")
+    assert json.loads((tmp_path / "scores.json").read_text())["images"] == 24
+    assert "left out: 5 images of the test split, which this run was trained on" in capsys.readouterr().out
+    lists[1].write_text("\n".join(train[:5]))
+    with pytest.raises(UserError, match="--split test: .* was trained on all of these images"):
+        evaluate_here("match", *flags, "--split", "test", "--output", tmp_path / "match.png")
+    evaluate_here("retrieval", *flags, "--split", "all")
+    assert "96 of these images were trained on" in capsys.readouterr().out
+
+
 def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_path, evaluate_here):
     shutil.copytree(sample, tmp_path / "data")
     for path in (tmp_path / "data").glob("*Images.txt"):

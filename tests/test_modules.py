@@ -12,7 +12,7 @@ from timm.layers import DropPath
 
 from config import Config
 from modules import BUCKET, ImageEncoder, ProjectionHead, TextEncoder
-from storage import UserError, key_of_weights
+from storage import UserError, key_of_model
 from tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
 from towers import load_pretrained, random_text_tower
 
@@ -308,9 +308,9 @@ def test_defaults_are_the_families_own():
 
 def test_a_tower_that_normalises_otherwise_has_another_cache_key():
     encoder = ImageEncoder("test_resnet")
-    before = key_of_weights(encoder)
+    before = key_of_model(encoder)
     encoder.mean += 1
-    assert key_of_weights(encoder) != before
+    assert key_of_model(encoder) != before
 
 
 def test_a_pretrained_tower_keeps_its_batchnorm_statistics(tmp_path):

@@ -14,13 +14,17 @@ from conftest import run_script
 
 import clip
 import frozen
+import GAN
+import inference
 import main
+import storage
 from config import PRESETS, Config, parse_config
-from storage import UserError
+from modules import ImageEncoder
+from storage import UserError, key_of_model
 
 RUN_FILES = {
-    "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "previous.pt", "curves.png",
-    "similarity.png", "matches.png", "README.md",
+    "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png",
+    "similarity.png", "matches.png", "README.md", "splits.csv", "cache.txt",
 }  # fmt: skip
 
 
@@ -100,6 +104,160 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkey
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
     columns = ["epoch", "loss", "rsum", "rate_factor"]
     assert [[row[c] for c in columns] for row in whole["history"]] == [[row[c] for c in columns] for row in halves["history"]]
+
+
+RATES = ("head_lr", "image_encoder_lr", "text_encoder_lr")
+
+
+def saved_weights(run_dir):
+    return torch.load(run_dir / "last.pt", weights_only=True)["model"]
+
+
+def largest_step(before, after):
+    """How far the weights moved at most, BatchNorm's statistics aside."""
+    names = [name for name in before if before[name].is_floating_point() and "running" not in name]
+    return max((after[name] - before[name]).abs().max().item() for name in names)
+
+
+def test_a_resumed_run_takes_the_rates_that_it_is_given(small_flags, tmp_path):
+    """Three rates of 1e-9 each: groups that were apart have one rate, and nothing moves any more."""
+    train(small_flags(epochs=1, weight_decay=0.5))
+    before = saved_weights(tmp_path / "run")
+    low = dict.fromkeys(RATES, 1e-9)
+    train(small_flags(epochs=2, resume="yes", weight_decay=0.1, **low))
+    assert 0 < largest_step(before, saved_weights(tmp_path / "run")) < 1e-6
+    groups = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert {group["peak"] for group in groups} == {1e-9} and {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert [saved[name] for name in RATES] == [1e-9] * 3 and (saved["epochs"], saved["weight_decay"]) == (2, 0.1)
+
+
+def test_a_resumed_run_may_change_its_precision(small_flags, tmp_path):
+    train(small_flags(epochs=1))
+    for epochs, precision in ((2, "fp16"), (3, "bf16")):
+        train(small_flags(epochs=epochs, resume="yes", precision=precision))
+        history = pd.read_csv(tmp_path / "run" / "history.csv")
+        assert len(history) == epochs and history["loss"].iloc[-1] < history["loss"].iloc[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"size": 48},
+        {"pooling": "first"},
+        {"freeze": "image"},
+        {"image_feature_stages": "layer3"},
+        {"seed": 1},
+        {"max_length": 9},
+    ],
+)
+def test_a_resumed_run_keeps_what_makes_its_model(small_flags, tmp_path, changed):
+    train(small_flags(epochs=1))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    [name] = changed
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* was begun with .*leave the flag out"):
+        train(small_flags(epochs=2, resume="yes", **changed))
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+
+
+def test_a_resumed_run_with_other_frozen_weights_is_refused_and_with_moved_ones_is_not(small_flags, tmp_path):
+    train(small_flags("source", epochs=1))
+    tower = clip.load(tmp_path / "source", device="cpu")[0].image_encoder.tower.state_dict()
+    safetensors.torch.save_file(tower, tmp_path / "a.safetensors")
+    options = {"freeze": "image", "epochs": 1, "image_weights": tmp_path / "a.safetensors"}
+    train(small_flags(**options))
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    options |= {"epochs": 2, "resume": "yes", "image_weights": tmp_path / "b.safetensors"}
+    train(small_flags(**options))
+    safetensors.torch.save_file({name: value * 2 for name, value in tower.items()}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="was begun with other frozen weights"):
+        train(small_flags(**options | {"epochs": 3}))
+
+
+def test_a_text_encoder_in_half_precision_comes_back_as_it_was_trained(small_flags, tmp_path, sample):
+    train(small_flags("source", epochs=1))
+    source, _ = clip.load(tmp_path / "source", device="cpu")
+    source.text_encoder.tower.to(torch.bfloat16).save_pretrained(tmp_path / "text")
+    shutil.copy(tmp_path / "source" / "tokenizer.json", tmp_path / "text")
+    flags = small_flags(text_encoder=tmp_path / "text", epochs=1, freeze="text", precision="fp32")
+    model = train(flags, "--text-weights", "pretrained").eval()
+    loaded, _ = clip.load(tmp_path / "run", device="cpu")
+    assert {value.dtype for value in loaded.state_dict().values()} <= {torch.float32, torch.int64}
+    text = clip.tokenize(["a red circle", "a large blue star"])
+    with torch.no_grad():
+        assert torch.equal(model.encode_text(text), loaded.encode_text(text))
+    assert len(inference.find_matches(loaded, torch.eye(256)[:5], "a red circle", list("abcde"), n=2)) == 2
+
+
+def half_overflowing(model, steps):
+    """Lets the gradient of a head be infinite in the first `steps` backward passes."""
+    calls = []
+
+    def poison(gradient):
+        calls.append(None)
+        return gradient * math.inf if len(calls) <= steps else gradient
+
+    model.text_projection.projection.weight.register_hook(poison)
+
+
+def test_in_fp16_a_step_whose_gradient_is_not_finite_is_left_out_and_only_a_run_of_them_ends_the_training(
+    small_flags, tmp_path, monkeypatch
+):
+    train_epoch, overflowing = main.train_epoch, [2]
+
+    def poisoned(model, *rest):
+        half_overflowing(model, overflowing[0])
+        return train_epoch(model, *rest)
+
+    monkeypatch.setattr(main, "train_epoch", poisoned)
+    train(small_flags(epochs=1, precision="fp16"))
+    assert list(pd.read_csv(tmp_path / "run" / "history.csv")["steps_left_out"]) == [2]  # of three
+    assert pd.read_csv(tmp_path / "run" / "history.csv")["loss"].notna().all()
+    overflowing[0] = 10**6
+    with pytest.raises(UserError, match="in fp16 the gradient of one step after the other is not finite"):
+        train(small_flags(epochs=20, precision="fp16", resume="yes"))
+    assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
+
+
+def test_two_encoders_with_the_same_weights_share_no_cached_features(small_flags):
+    def keys(**options):
+        torch.manual_seed(0)
+        config, _ = parse_config(small_flags(**options), "shapes")
+        model = clip.create_model(config, ["a red circle"])
+        return key_of_model(model.image_encoder), key_of_model(model.text_encoder)
+
+    vit = {"image_encoder": "vit", "image_width": 64, "image_layers": 1, "patch_size": 16, "size": 32}
+    (two_heads, text), (four_heads, same_text) = keys(**vit, image_heads=2), keys(**vit, image_heads=4)
+    assert two_heads != four_heads and text == same_text
+    torch.manual_seed(0)
+    gelu = ImageEncoder("vit_tiny_patch16_224", "random", 32)
+    quick = ImageEncoder("vit_tiny_patch16_224", "random", 32)
+    quick.load_state_dict(gelu.state_dict())
+    assert key_of_model(gelu) == key_of_model(quick)
+    quick.architecture["name"] = "vit_tiny_patch16_quickgelu_224"
+    assert key_of_model(gelu) != key_of_model(quick)
+    assert keys(text_heads=2)[1] != keys(text_heads=4)[1] and keys(pooling="first")[1] != keys()[1]
+
+
+def test_activations_are_kept_in_16_bits_unless_fp32_is_asked_for(small_flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", dict)  # a processor without bf16
+    losses = {}
+    for precision, dtype in (("auto", np.float16), ("fp32", np.float32)):
+        cache = tmp_path / precision
+        train(small_flags(precision, train_image_from="layer3", precision=precision, cache_dir=cache))
+        assert {np.load(path).dtype for path in cache.glob("activations-*")} == {np.dtype(dtype)}
+        losses[precision] = pd.read_csv(tmp_path / precision / "history.csv")["loss"]
+    assert losses["auto"].to_numpy() == pytest.approx(losses["fp32"].to_numpy(), rel=2e-3)
+
+
+def test_a_disk_that_is_too_small_for_what_is_kept_is_named_before_anything_is_written(small_flags, tmp_path, monkeypatch):
+    """The pictures take 2.3 MB, which would go in, and the activations of 30 crops of each ten times as much."""
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    with pytest.raises(UserError, match=r"cache: 0.\d GB are to be written there, but only 0.0 GB are free.*--cache-dir"):
+        train(small_flags(train_image_from="layer3", cached_views=30))
+    assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*"))
+    train(small_flags(train_image_from="layer3", cached_views=2, epochs=1))
 
 
 def test_the_average_of_the_weights_is_what_is_scored_and_kept(small_flags, tmp_path, monkeypatch):
@@ -321,6 +479,14 @@ def test_bad_settings_end_in_one_line_and_leave_nothing(small_flags, tmp_path, p
         train(small_flags(**options))
     assert "\n" not in str(error.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("run_dir", [".", "", "..", "/", "./runs/.."])
+def test_a_run_folder_that_holds_the_current_folder_is_refused(run_dir, monkeypatch):
+    with pytest.raises(UserError, match="--run-dir .*: a run needs a folder of its own"):
+        parse_config(["shapes", "--run-dir", run_dir], "shapes")
+    with pytest.raises(UserError, match="--run-dir .*: a run needs a folder of its own"):
+        GAN.parse_config(["shapes", "--run-dir", run_dir])
 
 
 def test_middle_squares_alone_are_not_mirrored(small_flags):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conftest import ROOT
 
 import clip
 import inference
+from card import write_card
 from config import PRESETS, fill_in
 from export import export_onnx
 from storage import UserError
@@ -22,10 +24,58 @@ def test_a_saved_model_is_a_run_folder_of_its_weights(run, tmp_path):
     with torch.no_grad():
         model.image_projection.projection.weight.mul_(2)
     model.save_pretrained(tmp_path / "saved")
-    names = {"config.json", "model.safetensors", "tokenizer.json", "README.md", "history.csv", "curves.png"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "splits.csv", "README.md", "history.csv", "curves.png"}
     assert {path.name for path in (tmp_path / "saved").iterdir()} == names
     for loaded in (clip.load(tmp_path / "saved", "cpu")[0], clip.CLIPModel.from_pretrained(tmp_path / "saved")):
         assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_saved_into_its_own_folder_leaves_its_settings_there(run, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    model, _ = clip.load(tmp_path / "run", "cpu")
+    with torch.no_grad():
+        model.image_projection.projection.weight.mul_(2)
+    model.save_pretrained(tmp_path / "run")
+    after = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    assert [name for name in before if before[name] != after.get(name)] == ["model.safetensors"]
+    loaded, _ = clip.load(tmp_path / "run", "cpu")
+    assert torch.equal(loaded.image_projection.projection.weight, model.image_projection.projection.weight)
+
+
+def test_what_travels_names_no_folder_of_this_machine(run, sample, tmp_path):
+    """The fixture's run was given absolute paths for all of its places, and a text encoder in a folder, as here."""
+    shutil.copytree(run, tmp_path / "run")
+    saved = json.loads((run / "config.json").read_text())
+    assert saved["config"]["data_dir"] == str(sample)  # the run folder itself keeps it, to go on from
+    saved["config"]["text_encoder"] = str(tmp_path / "encoders" / "my-bert")
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    model, _ = clip.load(tmp_path / "run", "cpu")
+    model.save_pretrained(tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        assert str(tmp_path.parent).encode() not in path.read_bytes(), path.name
+    config = clip.load_run(tmp_path / "saved")["config"]
+    assert (config.data_dir, config.text_encoder) == (sample.name, "my-bert")
+    text = {"train": [0] * 3, "val": [0]}
+    splits = {name: SimpleNamespace(names=rows, captions=rows) for name, rows in text.items()}
+    scores = {side: dict.fromkeys(("R@1", "R@5", "R@10", "median_rank"), 0) for side in ("image_to_text", "text_to_image")}
+    write_card(tmp_path, replace(config, text_encoder=str(tmp_path)), model, splits, scores)
+    assert str(tmp_path) not in (tmp_path / "README.md").read_text() and tmp_path.name in (tmp_path / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", ["runs/typo", "./typo", "/somebody/typo", "../typo", "~/typo", "runs\\typo"])
+def test_what_means_a_folder_here_is_never_asked_of_a_hub(name, monkeypatch):
+    def snapshot_download(*_, **__):
+        raise AssertionError("a stranger's model would load")
+
+    monkeypatch.setattr(clip.huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(UserError, match="neither a run folder nor the name of a model"):
+        clip.load(name)
+
+
+def test_an_unknown_name_is_openais_runtime_error():
+    with pytest.raises(RuntimeError, match=r"ViT-B/33: neither a run folder"):
+        clip.load("ViT-B/33")
 
 
 def test_a_pushed_model_is_fetched_by_its_name(run, tmp_path, monkeypatch):

@@ -1,0 +1,224 @@
+"""Whether what runs on a GPU keeps its tensors there, checked without one.
+
+Under torch's FakeTensorMode tensors on "cuda" have a shape, a dtype and a device, but no values, and an operation between
+two devices raises. The backward pass and what reads values need a real GPU.
+"""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import clip
+import embedding
+import evaluate
+import explain
+import frozen
+import gradient_cache
+import inference
+import main
+from config import PRESETS, Config, parse_config
+from generator import NOISE, SIDE, Discriminator, Generator, discriminator_loss, draw_pictures, generator_loss
+from index import nearest
+from joint import Joint
+
+CUDA = torch.device("cuda:0")
+N, K, LENGTH = 8, 2, 9  # images, captions each, tokens
+
+
+def to_fake(module, mode):
+    """Puts a module's parameters and buffers on the GPU that is not there, in place."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                part._parameters[name] = nn.Parameter(mode.from_tensor(value).to(CUDA).detach(), value.requires_grad)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = mode.from_tensor(value).to(CUDA)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def autocast_as_on_a_gpu(monkeypatch):
+    """Without a GPU torch leaves autocast for CUDA out."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+
+
+@pytest.fixture(params=["shapes", "gpt2", "paper", "mixer"])
+def config(request, sample):
+    return parse_config([request.param, "--data-dir", str(sample)], "shapes")[0]
+
+
+@pytest.fixture(params=[torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def made(config):
+    """A small model of each preset, and the mode in which it is on a GPU."""
+    torch.manual_seed(0)
+    return clip.create_model(config, ["a red circle", "a blue star"])
+
+
+@pytest.fixture
+def values_of_nothing(monkeypatch):
+    """Fake tensors have no values: where code leaves torch for NumPy, it goes on with the tensor."""
+    monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: tensor.detach())
+
+
+def batch_of(model, count=N, captions=1):
+    size = model.image_encoder.size
+    return {
+        "image": torch.zeros(count, 3, size, size, dtype=torch.uint8),
+        "text": torch.ones(captions * count, LENGTH, dtype=torch.int64),
+        "attention_mask": torch.ones(captions * count, LENGTH, dtype=torch.int64),
+    }
+
+
+def on_gpu(batch):
+    return {name: None if value is None else value.to(CUDA) for name, value in batch.items()}
+
+
+def assert_on_gpu(*tensors):
+    assert all(tensor.device == CUDA for tensor in tensors)
+
+
+def test_an_operation_between_devices_raises():
+    with FakeTensorMode(), pytest.raises(RuntimeError, match="same device"):
+        torch.zeros(2, device=CUDA) + torch.zeros(2)
+
+
+@pytest.mark.parametrize("captions", [1, K])
+def test_a_plain_step(made, dtype, captions):
+    with FakeTensorMode() as mode:
+        model = to_fake(made, mode).train()
+        batch = on_gpu(batch_of(model, captions=captions))
+        with main.autocast(CUDA, dtype):
+            logits, _ = model(*batch.values())
+        loss = main.loss_over_captions(logits.float())
+        assert logits.shape == (N, captions * N) and logits.dtype == dtype
+        assert loss.shape == () and loss.dtype == torch.float32
+        assert_on_gpu(logits, loss)
+
+
+def test_a_step_in_micro_batches(config, made, dtype, monkeypatch):
+    """All of `gradient_cache.backward` but the backward passes, which leave no gradients here."""
+    backwards, width = Counter(), config.projection_dim
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backwards.update([loss.device]))
+    monkeypatch.setattr(
+        torch.autograd, "backward", lambda embeddings, gradients: backwards.update(e.device for e in embeddings)
+    )
+    with FakeTensorMode() as mode:
+        model = to_fake(made, mode).train()
+        batches = iter([batch_of(model, 4, K), batch_of(model, 4, K)] * 2)
+        scaler = torch.amp.GradScaler("cuda", enabled=False)
+        no_gradient = torch.zeros(K * N, width, device=CUDA)
+        monkeypatch.setattr(gradient_cache.distributed, "summed", lambda value: no_gradient if value is None else value)
+        loss = gradient_cache.backward(model, batches, [1, 2], CUDA, dtype, scaler)
+        assert_on_gpu(loss)
+    assert backwards == {CUDA: 2 * K + 2 * 2}  # of two chunks of rows for each caption, and of both micro-batches' embeddings
+
+
+def test_a_step_on_cached_features(made, dtype):
+    with FakeTensorMode() as mode:
+        model = to_fake(made, mode).train()
+        batch = {
+            "image": torch.zeros(N, model.image_encoder.width),
+            "text": torch.zeros(N, model.text_encoder.width),
+            "attention_mask": None,
+        }
+        with main.autocast(CUDA, dtype):
+            logits, _ = model(*on_gpu(batch).values())
+        assert_on_gpu(main.loss_over_captions(logits.float()))
+
+
+STAGES = {"shapes": "layer3", "gpt2": "layer3", "paper": "stages.2", "mixer": "blocks.2"}
+
+
+def test_a_step_on_cached_activations_and_what_keeps_them(config, made, dtype, sample, tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(frozen, "cached_tensor", lambda path, shape, dtype, compute, _: kept.append(torch.cat(list(compute()))))
+    monkeypatch.setattr(frozen, "key_of_model", lambda encoder: "")
+    monkeypatch.setattr(frozen, "note_use", lambda *_: None)
+    preset = next(name for name, of_preset in PRESETS.items() if of_preset.image_encoder == config.image_encoder)
+    made.image_encoder.train_from(STAGES[preset])
+    pictures = [np.zeros((made.image_encoder.size, made.image_encoder.size, 3), np.uint8)] * 3
+    pairs = main.Pairs(["a", "b", "c"], pictures, [], np.array([]), pictures, [])
+    with FakeTensorMode() as mode:
+        model = to_fake(made, mode).train()
+        with pytest.raises(AttributeError):  # None has no unflatten: the tensor went to `kept`
+            frozen.kept_views(Config(cache_dir=str(tmp_path)), model.image_encoder, pairs, sample, 2, CUDA, dtype)
+        [activations] = kept
+        assert activations.shape[0] == 6 and activations.dtype == dtype and activations.device.type == "cpu"
+        batch = batch_of(model, 6) | {"image": activations}
+        with main.autocast(CUDA, dtype):
+            logits, _ = model(*on_gpu(batch).values())
+        assert_on_gpu(main.loss_over_captions(logits.float()))
+
+
+def test_scoring(made, dtype, values_of_nothing):
+    with FakeTensorMode() as mode:
+        model = to_fake(made, mode)
+        size = model.image_encoder.size
+        pictures = [np.zeros((size, size, 3), np.uint8)] * 3
+        I_f = embedding.image_features(model, pictures, CUDA, dtype, 3)
+        T_f = embedding.text_features(model, [[1, 2, 3], [4, 5]], CUDA, dtype)
+        assert (I_f.device.type, T_f.device.type) == ("cpu", "cpu") and I_f.dtype == T_f.dtype == torch.float32
+        similarity = evaluate.similarities(model, I_f, T_f, CUDA)
+        assert similarity.shape == (2, 3) and similarity.device.type == "cpu"
+
+
+def test_search_classes_and_heat_maps(made, dtype, values_of_nothing, monkeypatch):
+    with FakeTensorMode() as mode:
+        model = to_fake(made, mode)
+        query = inference.embed_texts(model, ["a red circle"])[0]
+        assert query.device.type == "cpu" and query.shape == (model.text_projection.projection.out_features,)
+        scores, order = nearest(torch.zeros(5, len(query)), query, 3)
+        assert scores.shape == order.shape == (3,)
+        monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))
+        assert len(inference.classify_embedding(model, query, ["a", "b"])) == 2
+        size = model.image_encoder.size
+        falls = []
+        monkeypatch.setattr(explain, "project", lambda *given: falls.append(embedding.project(*given)) or falls[0])
+        monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape))
+        heat = explain.occlusion_map(model, np.zeros((size, size, 3), np.uint8), query, CUDA, dtype)
+        assert heat.shape == (size, size) and falls[0].shape == (explain.STEPS**2 + 1, len(query))
+
+
+def test_the_generators_losses(dtype, values_of_nothing):
+    generator, discriminator = Generator(16), Discriminator(16)
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:  # the loss chooses by a mask, whose number of ones is not known
+        to_fake(generator, mode), to_fake(discriminator, mode)
+        embeddings, real = torch.zeros(N, 16).to(CUDA), torch.zeros(N, 3, SIDE, SIDE).to(CUDA)
+        with main.autocast(CUDA, dtype):
+            fake = generator(torch.randn(N, NOISE).to(CUDA), embeddings)
+            losses = [
+                discriminator_loss(discriminator, real, fake, embeddings),
+                generator_loss(discriminator, fake, embeddings),
+            ]
+        assert_on_gpu(fake, *losses)
+        pictures = draw_pictures(generator, torch.randn(N, NOISE).to(CUDA), embeddings)
+        assert pictures.shape == (N, SIDE, SIDE, 3) and pictures.device.type == "cpu"
+
+
+def test_the_joint_step(config, made, dtype, monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: assert_on_gpu(loss))
+    monkeypatch.setattr("joint.gradient_penalty", lambda discriminator, real, embedding: assert_on_gpu(real, embedding) or 0.0)
+    joint = Joint(config.projection_dim, 4, 1.0, torch.device("cpu"), dtype)
+    joint.device = CUDA
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        model = to_fake(made, mode).train()
+        to_fake(joint.generator, mode), to_fake(joint.discriminator, mode)
+        batch = on_gpu(batch_of(model))
+        image, adversarial = joint.replace(model, *batch.values(), torch.amp.GradScaler("cuda", enabled=False))
+        assert_on_gpu(image, adversarial)
+        assert image.shape == batch["image"].shape
+        with main.autocast(CUDA, dtype):
+            logits, _ = model(image, batch["text"], batch["attention_mask"])
+        assert_on_gpu(main.loss_over_captions(logits.float()) + adversarial)
