@@ -1,11 +1,11 @@
-"""Makes pictures from captions: python GAN.py [PRESET] trains a generator, and with --generate N it writes new pairs.
+"""Generates pictures from captions: python GAN.py [PRESET] trains a generator; with --generate N it writes new pairs.
 
     python GAN.py shapes
     python GAN.py shapes --generate 5000
     python main.py shapes --extra-data runs/shapes-gan/pictures
 
-Each picture is made from a training caption, and so has one. The captions are read by the text tower of a run of main.py,
-which is held still.
+Pictures are generated from training captions, and so come with captions. The captions are embedded by the frozen text encoder
+of a run of main.py.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,66 +31,68 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from captions import load_captions
-from checkpoint import (
-    PREVIOUS,
-    has_checkpoint,
-    load_newest,
-    load_optimizer,
-    move_aside,
-    only_run_in,
-    write_checkpoint,
-    write_history,
-)
+from captions import image_positions, load_captions
 from config import check_run_dir, load_run
-from dataset import CLIPDataset, PairSampler, decode_images, train_loader
+from dataset import CLIPDataset, PairSampler
 from Datasets import flickr8k
-from device import autocast
-from embedding import open_model, project, text_features, token_ids
-from evaluate import positions_of_images
-from generator import (
-    NOISE,
-    SIDE,
+from embedding import open_model, project_and_normalize, text_features, token_ids
+from generation.networks import (
+    IMAGE_SIZE,
+    NOISE_DIM,
     Discriminator,
     Generator,
     discriminator_loss,
     draw_pictures,
     generator_loss,
     gradient_penalty,
-)  # fmt: skip
-from plots import draw_grid
-from storage import UserError, key_of_model, remove_unfinished, run_command, whole_folder, write_json, write_whole
-from utils.cache import cache_line, note_use
+)
+from training.checkpoint import (
+    PREVIOUS,
+    backup_run,
+    has_checkpoint,
+    load_latest,
+    load_optimizer,
+    lock_run_dir,
+    write_checkpoint,
+    write_history,
+)
+from training.data import batch_loader
+from utils.cache import cache_line, model_key, note_use
+from utils.device import autocast
+from utils.errors import UserError, run_command
+from utils.files import atomic_dir, atomic_write, remove_leftovers, write_json
+from utils.images import decode_images
+from utils.plots import draw_grid
 
-FORMAT = 1  # of gan.json; a folder of another format is refused
-CHECK_EVERY = 20  # steps between looks at the losses
-SHOWN = 16  # captions of the validation split in samples/
-AT_A_TIME = 256  # pictures generated together
+FORMAT = 1  # of gan.json; a folder with another format is refused
+CHECK_EVERY = 20  # steps between checks of the losses
+NUM_SAMPLES = 16  # validation captions in each grid of samples/
+GENERATE_BATCH = 256  # pictures per forward pass
 
 
 @dataclass
 class GANConfig:
-    run: str = ""  # run of main.py whose text tower reads the captions, and whose data set it is
-    data_dir: str = ""  # the data set, where it is not where the run found it
-    image_path: str = ""  # folder of its images, where it is not in data_dir
-    captions_path: str = ""  # its captions file, where it is not in data_dir
-    generate: int = 0  # write this many pictures and their captions instead of training
+    run: str = ""  # run of main.py whose data set and text encoder are used
+    data_dir: str = ""  # folder of the data set; empty: the one the run used
+    image_path: str = ""  # folder of the images, if not in data_dir
+    captions_path: str = ""  # captions file, if not in data_dir
+    generate: int = 0  # generate this many pictures with captions instead of training
     output: str = ""  # folder for them; empty: RUN_DIR/pictures
 
     epochs: int = 25  # passes over the training images
-    batch_size: int = 16  # pictures a step; small ones learn more in the same time
-    generator_lr: float = 1e-3  # Adam's rate
-    discriminator_lr: float = 1e-3  # Adam's rate
-    ema: float = 0.998  # share that a step leaves of the averaged weights, which make the pictures
-    crop: float = 0.95  # side of the smallest random crop, as a share of the image's shorter side
+    batch_size: int = 16  # pictures per step; with small batches training is faster
+    generator_lr: float = 1e-3  # Adam's learning rate
+    discriminator_lr: float = 1e-3  # Adam's learning rate
+    ema: float = 0.998  # decay per step of the moving average of the generator's weights, used for generating
+    crop: float = 0.95  # side of the smallest random crop, as a fraction of the image's shorter side
 
-    seed: int = 0  # of initial weights, shuffling, captions drawn, crops and noise
+    seed: int = 0  # of initial weights, shuffling, caption sampling, crops and noise
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # of matrix products; auto: bf16 where native, else fp32
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    num_workers: int = 0  # processes that cut crops while the networks compute
+    num_workers: int = 0  # data loader processes
     cache_dir: str = ".cache"  # folder for decoded pictures
-    run_dir: str = ""  # folder that is written: the generator, sample grids, history.csv; empty: runs/PRESET-gan
-    resume: bool = False  # go on from the last epoch in run_dir, with its settings unless flags say otherwise
+    run_dir: str = ""  # output folder: the generator, sample grids, history.csv; empty: runs/PRESET-gan
+    resume: bool = False  # continue after the last epoch in run_dir, with its settings unless flags change them
 
 
 PRESETS = {
@@ -113,7 +116,7 @@ def parse_config(arguments):
         if getattr(config, name) <= 0:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
     if config.batch_size < 2:
-        raise UserError(f"--batch-size {config.batch_size}: must be 2 or more, or there are no wrong captions")
+        raise UserError(f"--batch-size {config.batch_size}: must be 2 or more, or there are no mismatched captions")
     if config.generate < 0:
         raise UserError(f"--generate {config.generate}: must not be negative")
     if not 0 <= config.ema < 1:
@@ -124,7 +127,7 @@ def parse_config(arguments):
 
 
 def load_gan(run_dir):
-    """{"config": GANConfig, "text_tower": its key} of a folder. Raises UserError where it is missing, damaged or foreign."""
+    """{"config": GANConfig, "text_tower": key of the text encoder}. Raises UserError where gan.json is missing or invalid."""
     path = Path(run_dir) / "gan.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
@@ -140,135 +143,178 @@ def load_gan(run_dir):
 # ---- captions and their embeddings -------------------------------------------------------------------------------
 
 
-def read_captions_and_tower(config, preset):
-    """The run's data set, and its text tower, held still.
+@dataclass
+class CaptionSource:
+    """The data set of a run of main.py, and the run's frozen text encoder."""
 
-    Returns (table, image_dir, skip_bad, embed, key, device, dtype): what `load_captions` gives, and whether the run skips bad
-    pictures; a function from m captions to (m, d_e) embeddings of length 1, and the key of the weights in it.
-    """
+    table: pd.DataFrame  # as `load_captions` returns it
+    image_dir: Path
+    skip_bad: bool  # whether the run skips pictures that cannot be decoded
+    embed: Callable  # m captions -> (m, d_e) L2-normalised embeddings
+    key: str  # of the weights that embed uses
+    device: torch.device
+    dtype: torch.dtype
+
+
+def read_captions_and_encoder(config, preset):
+    """The CaptionSource of config.run; for the shapes preset that run is trained first if it does not exist."""
     if preset == "shapes" and config.run == PRESETS["shapes"].run and not Path(config.run, "config.json").exists():
-        print(f"no run in {config.run} to read captions: python main.py shapes trains it first", flush=True)
+        print(f"{config.run}: no run is there; python main.py shapes trains it first", flush=True)
         script = Path(__file__).with_name("main.py")
         data = ["--data-dir", config.data_dir] if config.data_dir else []
         code = subprocess.run([sys.executable, script, "shapes", "--run-dir", config.run, *data]).returncode
         if code:
-            sys.exit(code)  # it has said why
-    of_run = load_run(config.run)["config"]
-    own = config.data_dir or config.captions_path
-    data_dir = config.data_dir or ("" if own else of_run.data_dir or flickr8k.find() or "")
-    image_path, captions_path = (config.image_path, config.captions_path) if own else (of_run.image_path, of_run.captions_path)
-    table, image_dir, _ = load_captions(data_dir, image_path, captions_path, of_run.skip_bad)
+            sys.exit(code)  # main.py has printed the reason
+    run_config = load_run(config.run)["config"]
+    other_data = config.data_dir or config.captions_path
+    paths = config if other_data else run_config
+    data_dir = config.data_dir or ("" if other_data else run_config.data_dir or flickr8k.find() or "")
+    table, image_dir, _ = load_captions(data_dir, paths.image_path, paths.captions_path, run_config.skip_bad)
     model, device, dtype = open_model(config.run, config.device, config.precision)
     dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 would need a scaler for each of the two networks
-    key = key_of_model(torch.nn.ModuleList([model.text_encoder, model.text_projection]))
+    key = model_key(torch.nn.ModuleList([model.text_encoder, model.text_projection]))
 
     def embed(captions):
-        return project(model.text_projection, text_features(model, token_ids(model.tokenizer, captions), device, dtype), device)
+        T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
+        return project_and_normalize(model.text_projection, T_f, device)
 
-    return table, image_dir, of_run.skip_bad, embed, key, device, dtype
+    return CaptionSource(table, image_dir, run_config.skip_bad, embed, key, device, dtype)
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
 
 
 def train(config, preset):
-    """Trains a generator from a GANConfig, and leaves it in run_dir with a grid of samples an epoch."""
-    table, image_dir, skip_bad, embed, key, device, dtype = read_captions_and_tower(config, preset)
-    run_dir = Path(config.run_dir)
-    remove_unfinished(config.cache_dir)
-    rows = table[table["split"] == "train"]
-    names, _ = positions_of_images(rows)
-    paths = [image_dir / name for name in names]
-    pictures, bad = decode_images(paths, SIDE, config.cache_dir, config.num_workers, skip_bad)
-    rows = rows[~rows["image"].isin([names[i] for i in bad])]
-    pictures = Subset(pictures, [i for i in range(len(names)) if i not in bad])
-    names, image_of_text = positions_of_images(rows)
-    if len(names) < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: there are only {len(names)} training images; lower it")
-    embeddings = embed(rows["caption"])  # (m, d_e)
-    held_out = list(table.loc[table["split"] == "val", "caption"])
-    held_out = held_out[:: max(1, len(held_out) // SHOWN)][:SHOWN]
-    shown = embed(held_out).to(device)
+    """Trains a generator as a GANConfig says, and writes it to run_dir, with a grid of samples per epoch."""
+    source = read_captions_and_encoder(config, preset)
+    run_dir, device = Path(config.run_dir), source.device
+    remove_leftovers(config.cache_dir)
+    pictures, captions, image_of_text = load_training_pairs(config, source)
+    embeddings = source.embed(captions)  # (m, d_e)
+    sample_captions = pick_validation_captions(source.table)
+    sample_embeddings = source.embed(sample_captions).to(device)
 
     torch.manual_seed(config.seed)
-    generator = Generator(embeddings.shape[1]).to(device, memory_format=torch.channels_last)
-    discriminator = Discriminator(embeddings.shape[1]).to(device, memory_format=torch.channels_last)
-    average = AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-    noise_shown = torch.randn(len(shown), NOISE).to(device)
-    adam = partial(torch.optim.Adam, betas=(0.0, 0.9))  # momentum makes the two networks swing about each other
-    optimizers = [
-        adam(generator.parameters(), lr=config.generator_lr),
-        adam(discriminator.parameters(), lr=config.discriminator_lr),
-    ]
-    parts = {"generator": generator, "discriminator": discriminator, "average": average}
-    parts |= {"generator_optimizer": optimizers[0], "discriminator_optimizer": optimizers[1]}
-    history = []
-    if config.resume:
-        check_tower(config, key)
-        history = load_state(run_dir, parts)
-        print(f"going on after epoch {len(history)}")
-    else:
-        move_aside(run_dir, "gan.json")
-    kept = dataclasses.asdict(replace(config, resume=False))
-    write_json(run_dir / "gan.json", {"format": FORMAT, "config": kept, "text_tower": key})
+    parts = create_parts(config, embeddings.shape[1], device)
+    sample_noise = torch.randn(len(sample_embeddings), NOISE_DIM).to(device)
+    history = start_or_resume(config, parts, source.key)
     note_use(run_dir, pictures.dataset.folder)
-
-    captions_of = np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1])
-    sampler = PairSampler(captions_of, config.batch_size, config.seed)
-    loader = train_loader(CLIPDataset(pictures, embeddings, SIDE, config.crop), sampler, 0, config.num_workers)
-    print(f"{len(names):,} training images ({len(rows):,} captions) from {image_dir}; {device}, {str(dtype)[6:]}")
+    loader = create_loader(config, pictures, embeddings, image_of_text)
+    sampler = loader.batch_sampler
+    print(f"{len(pictures):,} training images ({len(captions):,} captions) from {source.image_dir}; ", end="")
+    print(f"{device}, {str(source.dtype)[6:]}")
     for epoch in range(len(history), config.epochs):
         started = time.perf_counter()
         sampler.epoch = epoch
-        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # the noise's state then needs no saving
-        losses = train_epoch(generator, discriminator, average, optimizers, loader, device, dtype, f"epoch {epoch + 1}")
-        row = {"epoch": epoch + 1, "discriminator_loss": losses[0], "generator_loss": losses[1]}
+        torch.manual_seed(config.seed + 1_000_003 * (epoch + 1))  # so the random state need not be saved
+        loss_d, loss_g = train_epoch(parts, loader, device, source.dtype, f"epoch {epoch + 1}")
+        row = {"epoch": epoch + 1, "discriminator_loss": loss_d, "generator_loss": loss_g}
         history.append(row | {"seconds": time.perf_counter() - started})
         save_state(run_dir, parts, history)
-        samples = draw_pictures(average.module, noise_shown, shown)
-        titles = [textwrap.fill(caption, 34) for caption in held_out]
+        samples = draw_pictures(parts["average"].module, sample_noise, sample_embeddings)
+        titles = [textwrap.fill(caption, 34) for caption in sample_captions]
         draw_grid(f"validation captions, epoch {epoch + 1}", samples, titles, run_dir / "samples" / f"epoch-{epoch + 1:03}.png")
         print(
-            f"epoch {epoch + 1:{len(str(config.epochs))}}/{config.epochs}  discriminator {losses[0]:.3f}  "
-            f"generator {losses[1]:.3f}  {history[-1]['seconds']:.1f} s",
+            f"epoch {epoch + 1:{len(str(config.epochs))}}/{config.epochs}  discriminator {loss_d:.3f}  "
+            f"generator {loss_g:.3f}  {history[-1]['seconds']:.1f} s",
             flush=True,
         )
-    (run_dir / PREVIOUS).unlink(missing_ok=True)  # for a run that ended well the last checkpoint is enough
+    (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
     print(f"generator in {run_dir}, samples in {run_dir / 'samples'}")
     print(cache_line(config.cache_dir))
 
 
-def train_epoch(generator, discriminator, average, optimizers, loader, device, dtype, desc):
-    """One pass over the training images; returns the discriminator's and the generator's mean loss.
+def load_training_pairs(config, source):
+    """(pictures, captions, image_of_text): n decoded training pictures, m captions, (m,) position of each caption's image.
 
-    Raises UserError at a loss that is not finite.
+    Raises UserError where there are fewer pictures than a batch needs.
     """
+    rows = source.table[source.table["split"] == "train"]
+    names, _ = image_positions(rows)
+    paths = [source.image_dir / name for name in names]
+    pictures, bad = decode_images(paths, IMAGE_SIZE, config.cache_dir, config.num_workers, source.skip_bad)
+    rows = rows[~rows["image"].isin([names[i] for i in bad])]
+    pictures = Subset(pictures, [i for i in range(len(names)) if i not in bad])
+    _, image_of_text = image_positions(rows)
+    if len(pictures) < config.batch_size:
+        raise UserError(f"--batch-size {config.batch_size}: there are only {len(pictures)} training images; lower it")
+    return pictures, rows["caption"], image_of_text
+
+
+def pick_validation_captions(table):
+    """At most NUM_SAMPLES validation captions, evenly spaced, for the grids of samples."""
+    captions = list(table.loc[table["split"] == "val", "caption"])
+    return captions[:: max(1, len(captions) // NUM_SAMPLES)][:NUM_SAMPLES]
+
+
+def create_parts(config, width, device):
+    """What training changes: both networks, the generator's moving average and the optimizers, by name. width: d_e."""
+    generator = Generator(width).to(device, memory_format=torch.channels_last)
+    discriminator = Discriminator(width).to(device, memory_format=torch.channels_last)
+    adam = partial(torch.optim.Adam, betas=(0.0, 0.9))  # with momentum the two networks' losses oscillate
+    return {
+        "generator": generator,
+        "discriminator": discriminator,
+        "average": AveragedModel(generator, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True),
+        "generator_optimizer": adam(generator.parameters(), lr=config.generator_lr),
+        "discriminator_optimizer": adam(discriminator.parameters(), lr=config.discriminator_lr),
+    }
+
+
+def start_or_resume(config, parts, key):
+    """Restores `parts` if the run is resumed, else renames an earlier run; writes gan.json. Returns the history so far."""
+    run_dir, history = Path(config.run_dir), []
+    if config.resume:
+        check_encoder(config, key)
+        history = load_state(run_dir, parts)
+        print(f"resuming after epoch {len(history)}")
+    else:
+        backup_run(run_dir, "gan.json")
+    settings = dataclasses.asdict(replace(config, resume=False))
+    write_json(run_dir / "gan.json", {"format": FORMAT, "config": settings, "text_tower": key})
+    return history
+
+
+def create_loader(config, pictures, embeddings, image_of_text):
+    """A DataLoader of batches of pictures, each with the embedding of one of its captions."""
+    captions_of = np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1])
+    sampler = PairSampler(captions_of, config.batch_size, config.seed)
+    dataset = CLIPDataset(pictures, embeddings, IMAGE_SIZE, config.crop, text_key="text_features")
+    return batch_loader(dataset, sampler, 0, config.num_workers)
+
+
+def train_epoch(parts, loader, device, dtype, desc):
+    """One pass over the training images; returns the mean losses of the discriminator and the generator.
+
+    parts: of `create_parts`. Raises UserError at a loss that is not finite.
+    """
+    generator, discriminator = parts["generator"], parts["discriminator"]
     generator.train()
     progress = tqdm(loader, desc=desc, leave=False, disable=None)
     losses = []
     for step, batch in enumerate(progress):
-        real, embedding = batch["image"].to(device).float(), batch["text"].to(device)
+        real, embedding = batch["image"].to(device).float(), batch["text_features"].to(device)
         n = len(real)
-        # Points between two captions are captions too, of which nobody wrote down the words (GAN-INT; Reed et al. 2016).
+        # A point between two captions' embeddings stands for a further caption (GAN-INT; Reed et al. 2016).
         between = F.normalize(embedding + embedding.roll(1, dims=0), dim=1)[: n // 2]
-        asked = torch.cat([embedding, between])
+        condition = torch.cat([embedding, between])
         with autocast(device, dtype):
-            fake = generator(torch.randn(len(asked), NOISE).to(device), asked)
+            fake = generator(torch.randn(len(condition), NOISE_DIM).to(device), condition)
             loss_d = discriminator_loss(discriminator, real, fake[:n].detach(), embedding)
-        take_step(optimizers[1], loss_d + gradient_penalty(discriminator, real, embedding))
-        discriminator.requires_grad_(False)  # the generator's loss passes it, but leaves it as it is
+        take_step(parts["discriminator_optimizer"], loss_d + gradient_penalty(discriminator, real, embedding))
+        discriminator.requires_grad_(False)  # the generator's loss is backpropagated through it, but does not update it
         with autocast(device, dtype):
-            loss_g = generator_loss(discriminator, fake, asked)
-        take_step(optimizers[0], loss_g)
+            loss_g = generator_loss(discriminator, fake, condition)
+        take_step(parts["generator_optimizer"], loss_g)
         discriminator.requires_grad_(True)
-        average.update_parameters(generator)
+        parts["average"].update_parameters(generator)
         losses.append(torch.stack([loss_d, loss_g]).detach())
         if step % CHECK_EVERY == 0 or step == len(loader) - 1:
             recent = torch.stack(losses[-CHECK_EVERY:])
             if not recent.isfinite().all():
                 raise UserError(
-                    f"{desc}, step {step + 1}: a loss is not finite; the last good epoch is kept, go on from it with --resume "
-                    "and lower --generator-lr and --discriminator-lr"
+                    f"{desc}, step {step + 1}: a loss is not finite; the last good epoch is kept; continue from it with "
+                    "--resume and lower --generator-lr and --discriminator-lr"
                 )
             progress.set_postfix(discriminator=f"{recent[:, 0].mean():.2f}", generator=f"{recent[:, 1].mean():.2f}")
     return torch.stack(losses).mean(dim=0).tolist()
@@ -281,75 +327,78 @@ def take_step(optimizer, loss):
 
 
 def save_state(run_dir, parts, history):
-    """Writes an epoch's end: what resuming needs, the generator's averaged weights, and the history."""
+    """Writes the generator's averaged weights, the history, and a checkpoint to resume from."""
     state = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
     weights = {name: tensor.contiguous() for name, tensor in parts["average"].module.state_dict().items()}
-    write_whole(run_dir / "generator.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
+    atomic_write(run_dir / "generator.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write_history(run_dir / "history.csv", history)
     write_checkpoint(run_dir, state)
 
 
 def load_state(run_dir, parts):
-    """Undoes `save_state` and returns the history. Raises UserError where the checkpoint is damaged or another's."""
+    """The inverse of `save_state`; returns the history. Raises UserError where the checkpoint is damaged or of another run."""
 
-    def take(saved):
+    def restore(saved):
         for name, part in parts.items():
             load = partial(load_optimizer, part) if isinstance(part, torch.optim.Optimizer) else part.load_state_dict
             load(saved[name])
         return saved["history"]
 
-    return load_newest(run_dir, take) if has_checkpoint(run_dir) else []  # the first epoch had not ended
+    return load_latest(run_dir, restore) if has_checkpoint(run_dir) else []  # stopped in the first epoch
 
 
-def check_tower(config, key):
-    """Raises UserError where the generator in run_dir learnt from another text tower than that of config.run."""
+def check_encoder(config, key):
+    """Raises UserError where the generator in run_dir was trained with another text encoder than that of config.run."""
     if load_gan(config.run_dir)["text_tower"] != key:
         raise UserError(
-            f"{config.run_dir}: its generator was trained with another text tower than that of {config.run}, whose embeddings "
-            "mean nothing to it; name its run with --run, or train it again"
+            f"{config.run_dir}: its generator was trained with another text encoder than that of {config.run}; "
+            "name its run with --run, or train it again"
         )
 
 
-# ---- new pairs ---------------------------------------------------------------------------------------------------
+# ---- generated pairs ---------------------------------------------------------------------------------------------
 
 
 def load_generator(run_dir, width):
-    """The generator that `train` left in run_dir. Raises UserError where there is none, or one of another width."""
+    """The generator that `train` wrote to run_dir. Raises UserError where there is none, or one of another width (d_e)."""
     path, generator = Path(run_dir) / "generator.safetensors", Generator(width)
     try:
         generator.load_state_dict(safetensors.torch.load_file(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; the training has not ended its first epoch") from None
+        raise UserError(f"{path}: missing; training has not finished its first epoch") from None
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n")[0][:120]
-        raise UserError(f"{path}: damaged, or another generator's ({reason}); train it again") from None
+        raise UserError(f"{path}: damaged, or of another generator ({reason}); train it again") from None
     return generator
 
 
 def write_pairs(config, preset):
-    """Writes `generate` pictures and their captions, from the training split only, in Kaggle's layout."""
-    table, _, _, embed, key, device, _ = read_captions_and_tower(config, preset)
-    check_tower(config, key)
-    captions = table.loc[table["split"] == "train", "caption"].unique()
+    """Generates `generate` pictures from training captions, and writes both in the layout of Kaggle's Flickr8k."""
+    source = read_captions_and_encoder(config, preset)
+    check_encoder(config, source.key)
+    captions = source.table.loc[source.table["split"] == "train", "caption"].unique()
     rng = np.random.default_rng(config.seed)
     passes = -(-config.generate // len(captions))
     chosen = np.concatenate([rng.permutation(captions) for _ in range(passes)])[: config.generate]
-    embeddings = embed(chosen)
-    generator = load_generator(config.run_dir, embeddings.shape[1]).to(device)
-    noise = torch.randn(len(chosen), NOISE, generator=torch.Generator().manual_seed(config.seed))
+    embeddings = source.embed(chosen)
+    generator = load_generator(config.run_dir, embeddings.shape[1]).to(source.device)
+    noise = torch.randn(len(chosen), NOISE_DIM, generator=torch.Generator().manual_seed(config.seed))
     output = Path(config.output or Path(config.run_dir) / "pictures")
     names = [f"generated-{number:06}.png" for number in range(len(chosen))]
-    with whole_folder(output) as unfinished, tqdm(total=len(chosen), desc="generating", disable=None, leave=False) as progress:
-        (unfinished / "Images").mkdir()
-        for start in range(0, len(chosen), AT_A_TIME):
-            rows = slice(start, start + AT_A_TIME)
-            pictures = draw_pictures(generator, noise[rows].to(device), embeddings[rows].to(device))
+    with (
+        atomic_dir(output) as temporary_path,
+        tqdm(total=len(chosen), desc="generating", disable=None, leave=False) as progress,
+    ):
+        (temporary_path / "Images").mkdir()
+        for start in range(0, len(chosen), GENERATE_BATCH):
+            rows = slice(start, start + GENERATE_BATCH)
+            pictures = draw_pictures(generator, noise[rows].to(source.device), embeddings[rows].to(source.device))
             for name, picture in zip(names[rows], pictures):
-                if not cv2.imwrite(str(unfinished / "Images" / name), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
+                if not cv2.imwrite(str(temporary_path / "Images" / name), cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)):
                     raise UserError(f"{output}: its pictures cannot be written (is the disk full?); name another --output")
                 progress.update()
         pairs = pd.DataFrame({"image": names, "caption": chosen})
-        pairs.to_csv(unfinished / "captions.txt", index=False)
+        pairs.to_csv(temporary_path / "captions.txt", index=False)
     print(f"{len(chosen):,} pictures of training captions in {output}")
 
 
@@ -359,10 +408,10 @@ def main():
         if config.generate:
             write_pairs(config, preset)
         else:
-            with only_run_in(config.run_dir):
+            with lock_run_dir(config.run_dir):
                 train(config, preset)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"--resume --run-dir {config.run_dir} goes on after the last whole epoch") from None
+        raise KeyboardInterrupt(f"continue after the last finished epoch with --resume --run-dir {config.run_dir}") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Caption files, as people have them, to one table of (image, caption, split).
+"""Read caption files of several layouts into one table of (image, caption, split).
 
-Read are Kaggle's `captions.txt`, the same saved as `captions.csv`, the original `Flickr8k.token.txt`, Karpathy's
+Known are Kaggle's `captions.txt`, the same saved as `captions.csv`, the original `Flickr8k.token.txt`, Karpathy's
 `dataset_flickr8k.json`, and any table (comma, semicolon, tab or bar) with an image and a caption column.
 """
 
@@ -13,29 +13,38 @@ from pathlib import Path
 
 import pandas as pd
 
-from storage import UserError, key_of, write_whole
+from utils.cache import cache_key
+from utils.errors import UserError
+from utils.files import atomic_write
+
+
+def image_positions(table):
+    """A table's image names in the order of their first captions, and each row's position among them, (m,)."""
+    positions, names = table["image"].factorize()
+    return list(names), positions
+
 
 CAPTION_FILES = ["captions.txt", "captions.csv", "Flickr8k.token.txt", "dataset_flickr8k.json", "results.csv"]
 IMAGE_FOLDERS = ["Images", "images", "Flicker8k_Dataset", "Flickr8k_Dataset"]
 IMAGE_COLUMNS = ["image", "image_name", "filename", "file_name", "file", "image_path", "path"]
 CAPTION_COLUMNS = ["caption", "comment", "caption_text", "text", "sentence", "description"]
 SPLIT_LISTS = {"train": "trainImages.txt", "val": "devImages.txt", "test": "testImages.txt"}
-SHARES = {"val": 0.1, "test": 0.1}  # of the images where no list says which; the others are for training
-SPLITS = "splits.csv"  # of a run folder: which images were for what
-SWALLOWED_ROW = r"\n[^,;\n]+\.(jpe?g|png|webp|bmp|tiff?|hei[cf])\"?[,;]"  # in a field that goes on over several lines
-SHOWN = 3  # bad rows or files that an error names; the rest is counted
+SHARES = {"val": 0.1, "test": 0.1}  # fractions of the images where no list gives the split; the others are for training
+SPLITS = "splits.csv"  # in a run folder: the split of each image
+SWALLOWED_ROW = r"\n[^,;\n]+\.(jpe?g|png|webp|bmp|tiff?|hei[cf])\"?[,;]"  # in a field of several lines: another row
+NUM_SHOWN = 3  # bad rows or files listed in an error; the others are counted
 
 
-def is_sided(caption):
-    """True where an English caption speaks of left or right, so that it may not hold of the picture's mirror image."""
+def mentions_left_or_right(caption):
+    """True where an English caption mentions left or right, so that it may be wrong for the flipped image."""
     return re.search(r"\b(left|right)", caption, re.IGNORECASE) is not None
 
 
 def find_captions(data_dir):
-    """The captions file of a data folder. Raises UserError where there is none, or a choice to make."""
+    """The captions file of a data folder. Raises UserError where there is none, or more than one."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
-        raise UserError(f"{data_dir}: no such folder; --data-dir names one with Images/ and a captions file")
+        raise UserError(f"{data_dir}: no such folder; --data-dir must be a folder with Images/ and a captions file")
     for folder in [data_dir, data_dir / "Flickr8k_text"]:
         for name in CAPTION_FILES:
             if (folder / name).is_file():
@@ -43,7 +52,7 @@ def find_captions(data_dir):
     tables = sorted(data_dir.glob("*.csv"))
     if len(tables) == 1:
         return tables[0]
-    raise UserError(f"{data_dir}: no captions file ({', '.join(CAPTION_FILES)}, or one .csv); name it with --captions-path")
+    raise UserError(f"{data_dir}: no captions file ({', '.join(CAPTION_FILES)}, or one .csv); pass --captions-path")
 
 
 def find_images(data_dir):
@@ -52,17 +61,17 @@ def find_images(data_dir):
         for folder in [Path(data_dir) / name, Path(data_dir) / name / name]:  # the original archive nests it
             if folder.is_dir() and not (folder / name).is_dir():
                 return folder
-    raise UserError(f"{data_dir}: no folder {' or '.join(IMAGE_FOLDERS[:2])}; name it with --image-path")
+    raise UserError(f"{data_dir}: no folder {' or '.join(IMAGE_FOLDERS[:2])}; pass --image-path")
 
 
 def read_text(path, flag="--captions-path"):
-    """A UTF-8 text file. flag: the one that names such a file. Raises UserError where it cannot be read."""
+    """A UTF-8 text file. flag: the one for its path, for the error. Raises UserError where it cannot be read."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; {flag} names it") from None
+        raise UserError(f"{path}: no such file; check {flag}") from None
     except PermissionError:
-        raise UserError(f"{path}: may not be read") from None
+        raise UserError(f"{path}: no permission to read it") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
@@ -70,8 +79,8 @@ def read_text(path, flag="--captions-path"):
 def read_captions(path):
     """Reads a captions file of any known layout.
 
-    Returns (rows, bad, splits): rows is a list of (row number, image, caption), row numbers counted from 1 as an editor
-    does; bad is a list of (row number, what is wrong); splits is {image: split} where the file gives them.
+    Returns (rows, bad, splits): rows is a list of (row number, image, caption), with row numbers from 1 as in an editor;
+    bad is a list of (row number, what is wrong); splits is {image: split} where the file has splits.
     Raises UserError where the file cannot be read or has no image and caption columns.
     """
     text = read_text(path)
@@ -93,7 +102,7 @@ def read_token(text):
     for number, line in enumerate(text.splitlines(), start=1):
         name, tab, caption = line.partition("\t")
         image = name.rpartition("#")[0].strip()
-        # The published file has five rows of a name ending in .jpg.1, for a picture that was never published.
+        # The published file has five rows whose name ends in .jpg.1; that image was never published.
         if line.strip() and not re.search(r"\.jpg\.\d$", image):
             rows.append((number, (image, caption.strip()) if tab else "no tab between name and caption"))
     return rows
@@ -102,14 +111,14 @@ def read_token(text):
 def table_rows(path, text, delimiter):
     """Yields (row number, fields) of a table's rows.
 
-    Between tabs or bars a line is a row: such tables are mostly written without quoting, and a caption with a single
-    quotation mark must not swallow the rows behind it. Raises UserError where quoting is wrong between commas.
+    With tabs or bars each line is a row: such tables are mostly written without quoting, and a single quotation mark in a
+    caption must not swallow the rows after it. Raises UserError for wrong quoting in a table with commas or semicolons.
     """
     if delimiter in "\t|":
         for number, line in enumerate(re.split("\r\n|\r|\n", text), start=1):
             try:
                 yield number, next(csv.reader([line], delimiter=delimiter, strict=True), [])
-            except csv.Error:  # its quotation marks are the caption's own
+            except csv.Error:  # the quotation marks belong to the caption
                 yield number, line.split(delimiter)
         return
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -131,28 +140,28 @@ def read_table(path, text):
             image_column = next((header.index(name) for name in IMAGE_COLUMNS if name in header), None)
             caption_column = next((header.index(name) for name in CAPTION_COLUMNS if name in header), None)
             if image_column is None or caption_column is None:
-                found = ", ".join(header)[:80] or "nothing"
-                raise UserError(f"{path}, row 1: no image and caption columns, only {found}; write image,caption there")
+                columns = ", ".join(header)[:80] or "nothing"
+                raise UserError(f"{path}, row 1: no image and caption columns, only {columns}; write image,caption there")
         elif any(re.search(SWALLOWED_ROW, field, re.IGNORECASE) for field in fields):
             rows.append((number, "a quotation mark that is not closed before the next row begins"))
         elif len(fields) == len(header):
             rows.append((number, (fields[image_column].strip(), fields[caption_column].strip())))
         elif fields:
-            expected = f"{len(fields)} fields where the header has {len(header)}"
-            rows.append((number, f"{expected} (quote captions that contain {delimiter!r})"))
+            problem = f"{len(fields)} fields where the header has {len(header)}"
+            rows.append((number, f"{problem} (quote captions that contain {delimiter!r})"))
     if header is None:
-        raise UserError(f"{path}: empty; write a header image,caption and a row a caption")
+        raise UserError(f"{path}: empty; write a header image,caption and one row per caption")
     return rows
 
 
 def read_karpathy(path, text):
-    """dataset_flickr8k.json: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}; as `read_captions`."""
+    """dataset_flickr8k.json: {"images": [{"filename", "split", "sentences": [{"raw"}]}]}; returns what `read_captions` does."""
     try:
         images = json.loads(text)["images"]
         splits = {image["filename"]: image["split"].replace("restval", "train") for image in images}
-        foreign = {name: split for name, split in splits.items() if not isinstance(name, str) or split not in SPLIT_LISTS}
-        if foreign:
-            name, split = foreign.popitem()
+        invalid = {name: split for name, split in splits.items() if not isinstance(name, str) or split not in SPLIT_LISTS}
+        if invalid:
+            name, split = invalid.popitem()
             raise ValueError(f"filename {name!r} and split {split!r}")
         pairs = [(image["filename"], sentence["raw"].strip()) for image in images for sentence in image["sentences"]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -164,40 +173,40 @@ def read_karpathy(path, text):
 
 
 def hashed_split(image):
-    """The split of an image by a hash of its name, whatever other images there are: "train", "val" or "test"."""
-    place = int(hashlib.sha1(image.encode(), usedforsecurity=False).hexdigest()[:16], 16) / 2**64  # uniform in [0, 1)
+    """The split of an image from a hash of its name, independent of other images: "train", "val" or "test"."""
+    position = int(hashlib.sha1(image.encode(), usedforsecurity=False).hexdigest()[:16], 16) / 2**64  # uniform in [0, 1)
     for split, share in SHARES.items():
-        if place < share:
+        if position < share:
             return split
-        place -= share
+        position -= share
     return "train"
 
 
 def listed_splits(folder):
     """{image: split} of the official lists in a folder (`Flickr_8k.trainImages.txt`, ...); empty where there are none.
 
-    Raises UserError where an image stands in two lists.
+    Raises UserError where an image is in two lists.
     """
     splits = {}
     for split, ending in SPLIT_LISTS.items():
         for path in sorted(Path(folder).glob(f"*{ending}")):
             for name in filter(None, map(str.strip, read_text(path).splitlines())):
                 if splits.setdefault(name, split) != split:
-                    raise UserError(f"{path}: {name} stands in the list for {splits[name]} too; take it out of one")
+                    raise UserError(f"{path}: {name} is in the list for {splits[name]}, too; remove it from one")
     return splits
 
 
 def find_splits(images, folders, splits_in_captions_file):
     """{image: split}, from the first of: official lists, Karpathy's JSON, a hash of the image's name.
 
-    With lists for training but none for validation, a tenth of the training images becomes validation.
+    With lists for training but none for validation, a tenth of the training images is used for validation.
     """
     folders = [inner for folder in folders for inner in (Path(folder), Path(folder) / "Flickr8k_text")]
-    found = [splits for splits in map(listed_splits, folders) if splits] + [splits_in_captions_file]
-    found += [
+    candidates = [splits for splits in map(listed_splits, folders) if splits] + [splits_in_captions_file]
+    candidates += [
         read_karpathy(path, read_text(path))[2] for path in (f / "dataset_flickr8k.json" for f in folders) if path.is_file()
     ]
-    splits = next((splits for splits in found if splits), None)
+    splits = next((splits for splits in candidates if splits), None)
     if splits is None:
         return {image: hashed_split(image) for image in images}
     if "val" not in splits.values():
@@ -209,31 +218,31 @@ def find_splits(images, folders, splits_in_captions_file):
 def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False):
     """Reads a data folder.
 
-    data_dir: a folder with a captions file and a folder of images; captions_path and image_path name them one by one.
+    data_dir: a folder with a captions file and a folder of images; captions_path and image_path: these two, if elsewhere.
     skip_bad: leave out rows without a caption, a file name or a file, instead of raising.
 
     Returns (table, image_dir, skipped): a DataFrame with the columns image, caption and split ("train", "val", "test",
-    or "" for an image that the lists leave out), the folder of the images, and a list of lines on what was left out.
+    or "" for an image that is in no list), the folder of the images, and a list of lines, one for each row or image left out.
     Raises UserError for anything that cannot be used.
     """
     captions_path = Path(captions_path) if captions_path else find_captions(data_dir)
     image_dir = Path(image_path) if image_path else find_images(data_dir or captions_path.parent)
     if not image_dir.is_dir():
-        raise UserError(f"{image_dir}: no such folder; --image-path names the folder of the images")
+        raise UserError(f"{image_dir}: no such folder; --image-path must be the folder of the images")
     rows, bad, splits = read_captions(captions_path)
     if bad and not skip_bad:
-        examples = "; ".join(f"row {number}: {problem}" for number, problem in bad[:SHOWN])
-        raise UserError(f"{captions_path}: {len(bad)} unusable rows ({examples}); mend them or pass --skip-bad")
-    here = {path.relative_to(image_dir).as_posix() for path in image_dir.rglob("*") if path.is_file()}
-    missing = sorted({image for _, image, _ in rows if image not in here})
+        examples = "; ".join(f"row {number}: {problem}" for number, problem in bad[:NUM_SHOWN])
+        raise UserError(f"{captions_path}: {len(bad)} unusable rows ({examples}); fix them or pass --skip-bad")
+    files = {path.relative_to(image_dir).as_posix() for path in image_dir.rglob("*") if path.is_file()}
+    missing = sorted({image for _, image, _ in rows if image not in files})
     if missing and not skip_bad:
-        examples = ", ".join(missing[:SHOWN])
+        examples = ", ".join(missing[:NUM_SHOWN])
         raise UserError(
             f"{captions_path}: {len(missing)} of its images are not in {image_dir} ({examples}); "
-            "mend --image-path or pass --skip-bad"
+            "check --image-path or pass --skip-bad"
         )
     table = pd.DataFrame(rows, columns=["row", "image", "caption"]).drop(columns="row")
-    table = table[table["image"].isin(here)].reset_index(drop=True)
+    table = table[table["image"].isin(files)].reset_index(drop=True)
     if table.empty:
         raise UserError(f"{captions_path}: no caption of an image in {image_dir}")
     splits = find_splits(table["image"], [image_dir.parent, captions_path.parent], splits)
@@ -243,42 +252,42 @@ def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False):
 
 
 def image_digests(table):
-    """{image: a digest of its name and its captions}: names such as 1.jpg stand in many data sets."""
-    return {image: key_of(image, sorted(set(captions))) for image, captions in table.groupby("image")["caption"]}
+    """{image: a digest of its name and its captions}; the name alone, such as 1.jpg, occurs in many data sets."""
+    return {image: cache_key(image, sorted(set(captions))) for image, captions in table.groupby("image")["caption"]}
 
 
 def write_splits(path, table):
-    """Writes a run's splits.csv: of each image its name, its split and its digest. table: what `load_captions` returns."""
+    """Writes a run's splits.csv: name, split and digest of each image. table: what `load_captions` returns."""
     splits = table.groupby("image", as_index=False)["split"].first()
     splits["digest"] = splits["image"].map(image_digests(table))
-    write_whole(path, lambda temporary: splits.to_csv(temporary, index=False))
+    atomic_write(path, lambda temporary: splits.to_csv(temporary, index=False))
 
 
 def training_images(path, table):
-    """The set of images of a table that a run was trained on. path: of the run's splits.csv.
+    """The set of a table's images that a run was trained on. path: the run's splits.csv.
 
-    Raises UserError where that is missing or damaged.
+    Raises UserError where it is missing or damaged.
     """
     try:
         splits = pd.read_csv(path, dtype=str, keep_default_na=False)
         trained = set(splits.loc[splits["split"] == "train", "digest"])
     except (OSError, ValueError, KeyError) as error:
         problem = f"{path}: missing or damaged ({type(error).__name__})"
-        raise UserError(f"{problem}; it says what the run was trained on, so train the run again") from None
+        raise UserError(f"{problem}; it lists the run's training images, so train the run again") from None
     return {image for image, digest in image_digests(table).items() if digest in trained}
 
 
 def load_generated(folder, table):
-    """The pairs of a folder that GAN.py wrote, as rows of the training split; image is the whole path of a picture.
+    """The pairs of a folder that GAN.py wrote, as rows of the training split; image is an absolute path.
 
-    table: what `load_captions` returns. Raises UserError where the folder has no pairs, or one whose caption is not of a
-    training image: it was made for other data, or would carry validation or test captions into training.
+    table: what `load_captions` returns. Raises UserError where the folder has no pairs, or a caption that is not a training
+    caption: it was generated for other data, or validation or test captions would get into training.
     """
     generated, image_dir, _ = load_captions(folder)
-    foreign = generated.loc[~generated["caption"].isin(table.loc[table["split"] == "train", "caption"]), "caption"]
-    if len(foreign):
+    unknown = generated.loc[~generated["caption"].isin(table.loc[table["split"] == "train", "caption"]), "caption"]
+    if len(unknown):
         raise UserError(
-            f"--extra-data {folder}: {len(foreign)} of its {len(generated)} captions are not training captions of this data "
-            f"set ({foreign.iloc[0][:60]!r}); generate it anew with GAN.py, from a run on this data set"
+            f"--extra-data {folder}: {len(unknown)} of its {len(generated)} captions are not training captions of this data "
+            f"set ({unknown.iloc[0][:60]!r}); generate it again with GAN.py, from a run on this data set"
         )
     return generated.assign(image=[str(image_dir.resolve() / name) for name in generated["image"]], split="train")

@@ -1,6 +1,7 @@
-"""CLIP (Radford et al. 2021): two towers, two heads, a temperature, and the symmetric loss.
+"""CLIP (Radford et al. 2021): two encoders, two projection heads, a temperature, and the symmetric loss.
 
-The lines of the paper's pseudocode (its figure 3) stand beside the code that does what they say.
+The lines of the paper's pseudocode (its figure 3) are beside the code that implements them. Below are the functions that
+create a model from a Config, save and load it, and OpenAI's calls `load` and `tokenize`.
 """
 
 import math
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import huggingface_hub
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -19,44 +19,34 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from captions import SPLITS
-from config import CONTEXT_LENGTH, OPENAI, PRESETS, fill_in, is_openai, load_run, save_run, without_places
-from dataset import center_crop, resize_image
-from device import pick_device
+from config import CONTEXT_LENGTH, OPENAI, PRESETS, is_openai, load_run, resolve_defaults, save_run, without_paths
+from encoders.build import load_pretrained, random_text_config
+from encoders.hub import from_hub
+from encoders.openai import load_openai
+from encoders.stages import run_from_stage
+from encoders.tokenizer import openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
 from modules import ImageEncoder, ProjectionHead, TextEncoder
-from openai_weights import load_openai
-from storage import UserError, write_whole
-from tokenizer import openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
-from towers import from_hub, load_pretrained, random_text_tower
+from utils.device import pick_device
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.images import center_crop, resize_image
 
-SETTINGS_AND_WEIGHTS = ("config.json", "model.safetensors")
-TRAVELLING = (
-    "tokenizer.json",
-    SPLITS,
-    "README.md",
-    "history.csv",
-    "curves.png",
-)  # of a run folder, beside weights and settings
-NEVER_FETCHED = (
-    "runs/",
-    "runs\\",
-    ".",
-    "/",
-    "\\",
-    "~",
-)  # beginnings of names that mean a folder here, and not one of a model hub
-last_tokenizer = None  # of the model that `load` returned last, for `tokenize`
-MAX_LOGIT_SCALE = math.log(100)  # the paper's bound: logits are never scaled by more than 100
+MODEL_FILES = ("config.json", "model.safetensors")
+HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
+LOCAL_PREFIXES = ("runs/", "runs\\", ".", "/", "\\", "~")  # names that begin so are local folders, not a hub's
+last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
+MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
 
 
 class UnknownModel(UserError, RuntimeError):
-    """A name that is neither a run folder nor a model's; code written for OpenAI's `clip.load` expects a RuntimeError."""
+    """No run folder or model has this name; also a RuntimeError, as OpenAI's `clip.load` raises."""
 
 
 class CLIPModel(nn.Module, ModelHubMixin):
-    """Two towers and their heads.
+    """Image encoder, text encoder and their projection heads.
 
     image_encoder: maps (n, 3, h, w) pixels to (n, d_i) features and has the attribute width, d_i; text_encoder maps
-    (n, l) token ids and their mask to (n, d_t). tokenizer: what made the ids. projection_dim: d_e.
+    (n, l) token ids and their mask to (n, d_t). tokenizer: makes the token ids. projection_dim: d_e.
     """
 
     def __init__(
@@ -70,13 +60,13 @@ class CLIPModel(nn.Module, ModelHubMixin):
         self.text_projection = ProjectionHead(text_encoder.width, projection_dim, layers, dropout, text_dropout)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.tokenizer = tokenizer
-        self.run_dir = None  # that `load` found it in
+        self.run_dir = None  # the folder that `load` read it from
 
     def save_pretrained(self, save_directory, **options):
-        """huggingface_hub's call: writes a run folder with the weights as they are now. options: as there.
+        """huggingface_hub's call: writes a run folder with the current weights. options: huggingface_hub's.
 
-        Into the run's own folder go the weights alone: huggingface_hub would first delete its config.json.
-        Raises UserError for a model that comes from no run folder.
+        For the run's own folder only the weights are written: huggingface_hub would first delete its config.json.
+        Raises UserError for a model that was not loaded from a run folder.
         """
         if self.run_dir is None:
             raise UserError("only a model that clip.load found in a run folder can be saved as one; train it with main.py")
@@ -87,27 +77,25 @@ class CLIPModel(nn.Module, ModelHubMixin):
             return self.push_to_hub(**{"repo_id": Path(save_directory).name} | options)
 
     def _save_pretrained(self, save_directory):
-        """What huggingface_hub's save_pretrained and push_to_hub write. No path of this machine goes along."""
+        """Called by huggingface_hub's save_pretrained and push_to_hub. Local paths are not written."""
         run = load_run(self.run_dir)
-        save_run(save_directory, without_places(run["config"]), run["towers"])
-        for name in (name for name in TRAVELLING if Path(self.run_dir, name).exists()):
+        save_run(save_directory, without_paths(run["config"]), run["encoders"])
+        for name in (name for name in HUB_FILES if Path(self.run_dir, name).exists()):
             shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
         save_weights(self, save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id, **_):
-        """What huggingface_hub's from_pretrained returns."""
+        """Called by huggingface_hub's from_pretrained."""
         return load(model_id, "cpu")[0]
 
     def image_features(self, image):
-        """(n, 3, h, w) pixels or a trunk's activations -> (n, d_i). Features, (n, d_i), pass: computed before."""
-        return self.image_encoder(image) if image.ndim > 2 else image
+        """(n, 3, h, w) pixels -> (n, d_i)."""
+        return self.image_encoder(image)
 
     def text_features(self, text, attention_mask=None):
-        """(n, l) token ids -> (n, d_t). Features, (n, d_t), pass: a frozen tower computed them before."""
-        if text.is_floating_point():
-            return text
-        if attention_mask is None:  # padding is what stands behind the last other token; OpenAI's zero also is an "!"
+        """(n, l) token ids -> (n, d_t)."""
+        if attention_mask is None:  # OpenAI pads with 0, which is also "!": only the 0s at the end are padding
             real = text != self.tokenizer.padding["pad_id"]
             attention_mask = real.flip(1).cummax(1).values.flip(1).long()
             longest = max(1, int(attention_mask.sum(1).max()))
@@ -115,11 +103,11 @@ class CLIPModel(nn.Module, ModelHubMixin):
         return self.text_encoder(text, attention_mask)
 
     def encode_image(self, image):
-        """Pixels or features of n images -> (n, d_e) embeddings, not normalised."""
+        """(n, 3, h, w) pixels -> (n, d_e) embeddings, not normalised."""
         return self.image_projection(self.image_features(image))
 
     def encode_text(self, text, attention_mask=None):
-        """Token ids or features of n captions -> (n, d_e) embeddings, not normalised."""
+        """(n, l) token ids -> (n, d_e) embeddings, not normalised."""
         return self.text_projection(self.text_features(text, attention_mask))
 
     def forward(self, image, text, attention_mask=None):
@@ -128,11 +116,33 @@ class CLIPModel(nn.Module, ModelHubMixin):
         # the code                                              # the paper
         I_f = self.image_features(image)                        # I_f = image_encoder(I)  # [n, d_i]
         T_f = self.text_features(text, attention_mask)          # T_f = text_encoder(T)  # [n, d_t]
+        # fmt: on
+        logits = self.logits(I_f, T_f)
+        return logits, logits.T
+
+    def logits(self, I_f, T_f):
+        """Features of n images and m captions, (n, d_i) and (m, d_t) -> (n, m) scaled cosines."""
+        # fmt: off
         I_e = F.normalize(self.image_projection(I_f), dim=1)    # I_e = l2_normalize(np.dot(I_f, W_i), axis=1)  # [n, d_e]
         T_e = F.normalize(self.text_projection(T_f), dim=1)     # T_e = l2_normalize(np.dot(T_f, W_t), axis=1)  # [n, d_e]
-        logits = self.logit_scale.exp() * I_e @ T_e.T           # logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
+        return self.logit_scale.exp() * I_e @ T_e.T             # logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
         # fmt: on
-        return logits, logits.T
+
+    def features(self, batch):
+        """The features of a training batch of `dataset.collate`, (n, d_i) and (k n, d_t), some of which may be cached."""
+        return self.batch_image_features(batch), self.batch_text_features(batch)
+
+    def batch_image_features(self, batch):
+        if "image_features" in batch:
+            return batch["image_features"]
+        if "image_activations" in batch:
+            return run_from_stage(self.image_encoder, batch["image_activations"])
+        return self.image_features(batch["image"])
+
+    def batch_text_features(self, batch):
+        if "text_features" in batch:
+            return batch["text_features"]
+        return self.text_features(batch["text"], batch["attention_mask"])
 
 
 def contrastive_loss(logits):
@@ -147,39 +157,36 @@ def contrastive_loss(logits):
 
 
 def loss_over_captions(logits):
-    """The mean `contrastive_loss` of (n, k n) logits, of images that have k captions each, which stand side by side.
+    """The mean `contrastive_loss` of (n, k n) logits of n images with k captions each, in adjacent columns.
 
-    Each of its k terms has one caption of every image: an image's other captions are no wrong answers.
+    Each of the k terms has one caption per image, so that an image's other captions are not treated as negatives.
     """
     rounds = logits.unflatten(1, (len(logits), -1)).unbind(2)  # k of (n, n)
     return sum(contrastive_loss(logits) for logits in rounds) / len(rounds)
 
 
-# ---- models from settings, and to and from run folders -----------------------------------------------------------
-
-
 def create_model(config, captions):
-    """The CLIPModel that a Config describes, in fp32. captions: the training captions, for a vocabulary made here.
+    """The CLIPModel that a Config describes, in fp32. captions: the training captions, from which a vocabulary may be learned.
 
-    Raises UserError for towers that cannot be had.
+    Raises UserError for encoders that are not available.
     """
     from_openai = config.image_encoder in OPENAI and config.image_weights != "random"
     image_encoder = create_image_encoder(config, "random" if from_openai else config.image_weights)
     if config.text_weights == "pretrained" and config.text_encoder != "clip":
         tokenizer = pretrained_tokenizer(config.text_encoder, config.max_length)
-        text_tower = load_pretrained(transformers.AutoModel, config.text_encoder, dtype=torch.float32)
+        text_model = load_pretrained(transformers.AutoModel, config.text_encoder, dtype=torch.float32)
     else:
         if config.text_encoder == "clip":
             tokenizer = openai_tokenizer(config.max_length)
         else:
             tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
         sizes = config.text_width, config.text_layers, config.text_heads, tokenizer.get_vocab_size(), config.max_length
-        text_tower = transformers.AutoModel.from_config(random_text_tower(config.text_encoder, *sizes))
-    text_encoder = TextEncoder(text_tower, config.pooling, config.text_feature_layers)
+        text_model = transformers.AutoModel.from_config(random_text_config(config.text_encoder, *sizes))
+    text_encoder = TextEncoder(text_model, config.pooling, config.text_feature_layers)
     tokenizer.enable_truncation(min(config.max_length, text_encoder.max_length))
-    model = join_towers(config, image_encoder, text_encoder, tokenizer)
+    model = build_clip(config, image_encoder, text_encoder, tokenizer)
     if from_openai:
-        load_openai(model, config.image_encoder, config.image_weights, whole=is_openai(config))
+        load_openai(model, config.image_encoder, config.image_weights, full_model=is_openai(config))
     return model
 
 
@@ -187,10 +194,10 @@ def create_image_encoder(config, weights, size=0):
     name, *_ = OPENAI.get(config.image_encoder, [config.image_encoder])
     sizes = config.patch_size, config.image_width, config.image_layers, config.image_heads
     stages = tuple(filter(None, config.image_feature_stages.split(",")))
-    return ImageEncoder(name, weights, size or config.size, sizes, stages, config.image_drop_path)
+    return ImageEncoder(name, weights, size or config.size, sizes, stages, config.image_drop_path, config.fast_convolutions)
 
 
-def join_towers(config, image_encoder, text_encoder, tokenizer):
+def build_clip(config, image_encoder, text_encoder, tokenizer):
     return CLIPModel(
         image_encoder,
         text_encoder,
@@ -203,52 +210,52 @@ def join_towers(config, image_encoder, text_encoder, tokenizer):
     )
 
 
-def describe_towers(model):
-    """What `load` needs to rebuild the towers without their sources, as plain values."""
+def describe_encoders(model):
+    """Plain values from which `load` rebuilds the encoders without timm's or Hugging Face's weights."""
     text = model.text_encoder.architecture["config"]
     return {"image": {"size": model.image_encoder.size}, "text": text, "pooling": model.text_encoder.pooling}
 
 
 def save_weights(model, run_dir):
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    contents = safetensors.torch.save(state)  # its own writing of files reports a full disk in its own way
-    write_whole(Path(run_dir) / "model.safetensors", lambda path: path.write_bytes(contents))
+    contents = safetensors.torch.save(state)  # not save_file, which reports a full disk differently
+    atomic_write(Path(run_dir) / "model.safetensors", lambda path: path.write_bytes(contents))
 
 
 def load_weights(model, run_dir):
-    """Loads run_dir/model.safetensors, which has to fit. Raises UserError where it is missing, truncated or another's."""
+    """Loads run_dir/model.safetensors, which must fit. Raises UserError where it is missing, truncated or of another model."""
     path = Path(run_dir) / "model.safetensors"
     try:
         model.load_state_dict(safetensors.torch.load_file(path))
     except FileNotFoundError:
-        raise UserError(f"{path}: not there; this run has not ended its first epoch") from None
+        raise UserError(f"{path}: not found; this run has not finished its first epoch") from None
     except (safetensors.SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).strip().split("\n")[0][:160]
-        raise UserError(f"{path}: truncated, damaged or another model's ({reason}); train the run again") from None
+        raise UserError(f"{path}: truncated, damaged or of another model ({reason}); train the run again") from None
 
 
 def load(name, device="auto", jit=False):
-    """OpenAI's call: (model, preprocess) of a run folder or of one of OpenAI's names, the model in eval mode, in fp32.
+    """OpenAI's call: (model, preprocess) for a run folder or one of OpenAI's names; the model is in eval mode, in fp32.
 
-    device: a torch device or its name; auto takes a GPU where there is one. jit: refused, as these towers do not script.
-    preprocess maps a PIL image to the (3, size, size) pixels that model.encode_image takes, in batches.
-    From then on `tokenize` uses this model's tokenizer.
+    device: a torch device or its name; auto takes a GPU where there is one. jit: not supported by these encoders.
+    preprocess maps a PIL image to (3, size, size) pixels; model.encode_image takes batches of them.
+    `tokenize` then uses this model's tokenizer.
     Raises UnknownModel for another name (a RuntimeError, as OpenAI's call does), and UserError for a folder that holds no
-    usable run, or weights that cannot be fetched.
+    usable run, or weights that cannot be downloaded.
     """
     global last_tokenizer
     if jit:
-        raise UserError("clip.load(jit=True): these models are not scripted; use torch.compile(model)")
+        raise UserError("clip.load(jit=True): TorchScript is not supported; use torch.compile(model)")
     if name in OPENAI:
-        model = create_model(fill_in(replace(PRESETS["openai"], image_encoder=name)), [])
+        model = create_model(resolve_defaults(replace(PRESETS["openai"], image_encoder=name)), [])
     else:
         name = name if Path(name).is_dir() else fetch(str(name))
         run = load_run(name)
-        image_encoder = create_image_encoder(run["config"], "random", run["towers"]["image"]["size"])
-        text_config = transformers.AutoConfig.for_model(**run["towers"]["text"])
-        text_tower = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
-        text_encoder = TextEncoder(text_tower, run["towers"]["pooling"], run["config"].text_feature_layers)
-        model = join_towers(run["config"], image_encoder, text_encoder, read_tokenizer(name))
+        image_encoder = create_image_encoder(run["config"], "random", run["encoders"]["image"]["size"])
+        text_config = transformers.AutoConfig.for_model(**run["encoders"]["text"])
+        text_model = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
+        text_encoder = TextEncoder(text_model, run["encoders"]["pooling"], run["config"].text_feature_layers)
+        model = build_clip(run["config"], image_encoder, text_encoder, read_tokenizer(name))
         load_weights(model, name)
         model.run_dir = str(name)
     model.eval().to(pick_device(str(device)))
@@ -263,15 +270,13 @@ def load(name, device="auto", jit=False):
 
 
 def fetch(name):
-    """The folder of a run that was pushed to a model hub as USER/NAME, on this machine.
+    """Downloads a run that was pushed to a model hub as USER/NAME, and returns its local folder.
 
-    Raises UnknownModel where it has none. A name that means a folder here is not asked for: a stranger's model may have it.
+    Raises UnknownModel where the hub has none. A local path is not looked up: a stranger's model may have the same name.
     """
-    if name.count("/") == 1 and not name.startswith(NEVER_FETCHED):
+    if name.count("/") == 1 and not name.startswith(LOCAL_PREFIXES):
         try:
-            return from_hub(
-                lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*TRAVELLING, *SETTINGS_AND_WEIGHTS])
-            )
+            return from_hub(lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*HUB_FILES, *MODEL_FILES]))
         except (OSError, ValueError) as error:
             print(f"{name}: not found on a model hub ({type(error).__name__})")
     raise UnknownModel(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
@@ -285,20 +290,19 @@ def available_models():
 def tokenize(texts, context_length=CONTEXT_LENGTH, truncate=False):
     """OpenAI's call: one text or a list of n -> (n, context_length) int64 token ids, padded at the end.
 
-    They are those of the model that was loaded last, as the call names none; before any was, OpenAI's.
-    truncate: cut a text that is too long; its end token stays.
-    Raises RuntimeError for such a text otherwise.
+    The tokenizer is that of the last loaded model, or OpenAI's if none was loaded.
+    truncate: shorten a text that is too long, keeping its end token; otherwise it raises RuntimeError.
     """
     texts = [texts] if isinstance(texts, str) else list(texts)
     global last_tokenizer
     last_tokenizer = last_tokenizer or openai_tokenizer(CONTEXT_LENGTH)
-    longest = min(context_length, last_tokenizer.truncation["max_length"])
+    max_length = min(context_length, last_tokenizer.truncation["max_length"])
     input_ids = torch.full((len(texts), context_length), last_tokenizer.padding["pad_id"])
     for row, (text, encoding) in enumerate(zip(texts, last_tokenizer.encode_batch(texts))):
         ids = encoding.ids[: sum(encoding.attention_mask)]
-        if len(ids) > longest or encoding.overflowing:
+        if len(ids) > max_length or encoding.overflowing:
             if not truncate:
-                raise RuntimeError(f"Input {text} is too long for context length {longest}")
-            ids = ids[: longest - 1] + ids[-1:]
+                raise RuntimeError(f"Input {text} is too long for context length {max_length}")
+            ids = ids[: max_length - 1] + ids[-1:]
         input_ids[row, : len(ids)] = torch.tensor(ids)
     return input_ids

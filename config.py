@@ -9,94 +9,120 @@ from typing import Literal
 
 import tyro
 
-from storage import UserError, write_json
+from utils.errors import UserError
+from utils.files import write_json
 
-RUN_FORMAT = 2  # of a run folder's config.json; a folder of another format is refused
+RUN_FORMAT = 3  # of a run folder's config.json; a folder of another format is refused
 
 
 @dataclass
 class Config:
     # Data
-    data_dir: str = ""  # folder with Images/ and a captions file; empty: where the preset's data set is usually found
+    data_dir: str = ""  # folder with Images/ and a captions file; empty: where Flickr8k is usually found
     image_path: str = ""  # folder of the images, where it is not in data_dir
     captions_path: str = ""  # captions file, where it is not in data_dir
     download: bool = False  # fetch Kaggle's Flickr8k first (needs a network)
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping; listed in skipped.txt
-    cache_dir: str = ".cache"  # folder for decoded pictures and for features of frozen towers
-    num_workers: int = 4  # processes that cut crops while the towers compute, and threads that decode pictures
+    cache_dir: str = ".cache"  # folder for decoded pictures and features of frozen encoders
+    num_workers: int = 4  # processes that crop while the encoders compute, and threads that decode pictures
 
-    # Towers
+    # Encoders
     image_encoder: str = "resnet50"  # timm name, OpenAI name (RN50, ViT-B/32), or vit, mixer, modified_resnet to be sized
     image_weights: str = "pretrained"  # pretrained (model hub), random, or a local weight file of that model
-    size: int = 0  # height and width of the image tower's input in pixels; 0: the tower's own
-    patch_size: int = 8  # side of a patch in pixels, for vit and mixer
-    image_width: int = 192  # features of a patch, for vit and mixer; channels behind the stem, for modified_resnet
+    size: int = 0  # height and width of the image encoder's input in pixels; 0: the encoder's own
+    patch_size: int = 8  # height and width of a patch in pixels, for vit and mixer
+    image_width: int = 192  # features per patch, for vit and mixer; channels after the stem, for modified_resnet
     image_layers: int = 6  # layers, for vit and mixer; blocks in each of four stages, for modified_resnet
-    image_heads: int = 3  # attention heads a layer, for vit
+    image_heads: int = 3  # attention heads per layer, for vit
     text_encoder: str = "distilbert-base-uncased"  # Hugging Face name or folder; clip; a model type if weights are random
     text_weights: Literal["pretrained", "random"] = "pretrained"  # random: from scratch, sized by the next four
-    text_width: int = 768  # features of a token
+    text_width: int = 768  # features per token
     text_layers: int = 6  # layers
     text_heads: int = 12  # attention heads a layer
-    vocab_size: int = 8192  # most entries of a vocabulary made from the training captions; clip has OpenAI's instead
+    vocab_size: int = 8192  # largest vocabulary made from the training captions; clip has OpenAI's instead
     max_length: int = 200  # tokens; longer captions are cut
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
-    image_feature_stages: str = ""  # stages whose mean outputs join the image tower's features, as blocks.5,blocks.6
-    text_feature_layers: int = 1  # last layers of the text tower whose pooled outputs join as its features
-    freeze: Literal["none", "image", "text", "both"] = "none"  # towers kept still; their features are computed once
-    train_image_from: str = ""  # stage that the image tower is trained from; what lies below is computed once a view
-    cached_views: int = 4  # random crops of a training image that pass a frozen tower or trunk; 1: its middle square
+    image_feature_stages: str = ""  # stages whose mean outputs are added to the image features, as blocks.5,blocks.6
+    text_feature_layers: int = 1  # last layers of the text encoder whose pooled outputs are its features
+    freeze: Literal["none", "image", "text", "both"] = "none"  # encoders that are not trained; their features are cached
+    image_unfreeze_from: str = ""  # train the image encoder from this stage on; the outputs below it are cached
+    cached_crops: int = 4  # random crops per training image that a frozen part sees; 1: its centre crop
 
     # Heads
-    projection_dim: int = 256  # width d_e of the joint embedding; OpenAI's models have their own
+    projection_dim: int = 256  # width d_e of the joint embedding space; OpenAI's models have their own
     num_projection_layers: Literal[1, 2] = 1  # 1: the paper's linear map; 2: Linear, GELU, Linear, dropout, sum, LayerNorm
     dropout: float = 0.1  # in the two-layer head
-    image_feature_dropout: float = 0.5  # on the image tower's features, before the head
-    text_feature_dropout: float = 0.2  # on the text tower's features, before the head
+    image_feature_dropout: float = 0.5  # on the image features, before the head
+    text_feature_dropout: float = 0.2  # on the text features, before the head
 
     # Training
-    heads_first: bool = True  # train new heads on pretrained, still towers before a tower is trained, in RUN_DIR/heads
-    epochs: int = 0  # passes over the training images; 0: 60 where both towers are frozen, else 8
-    batch_size: int = 0  # images a step, and so candidates for each caption; 0: 1000 where both are frozen, else 128
-    captions_per_image: int = 1  # captions that each image of a batch meets; the loss is the mean over them
-    micro_batch_size: int = 0  # images that pass the towers at once; fewer take less memory, gradients stay; 0: all
+    heads_first: bool = True  # first train only the heads, on frozen pretrained encoders, in RUN_DIR/heads
+    epochs: int = 0  # passes over the training images; 0: 60 if both encoders are frozen, else 8
+    batch_size: int = 0  # images per step, each with the others as negatives; 0: 1000 if both are frozen, else 128
+    captions_per_image: int = 1  # captions sampled per image per step; the loss is the mean over them
+    micro_batch_size: int = 0  # images that pass the encoders at once; fewer: less memory, same gradient; 0: all
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
-    head_lr: float = 0.0  # peak rate of the heads and the temperature; 0: 5e-3 where both towers are frozen, else 1e-3
+    head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both encoders are frozen, else 1e-3
     weight_decay: float = 1e-3  # AdamW's, on weight matrices only
-    warmup: float = 0.05  # share of all steps over which the rates rise from 0
-    schedule: Literal["cosine", "plateau"] = "cosine"  # how the rates fall after the warm-up
-    patience: int = 1  # plateau: epochs without a better rsum that are let pass
-    factor: float = 0.8  # plateau: what the rates are multiplied by then
-    ema_decay: float = 0.0  # a step, of a moving average of the weights, which then is what is scored and kept; 0: none
-    image_drop_path: float = 0.0  # stochastic depth: how often the image tower's last layer is skipped, earlier ones less
-    mirror: bool = False  # half of the training crops are mirror images, but not beside captions that say left or right
-    crop: float = 0.85  # side of the smallest random training crop, as a share of the image's shorter side; 1: no zoom
+    warmup: float = 0.05  # share of all steps over which the learning rates rise from 0
+    schedule: Literal["cosine", "plateau"] = "cosine"  # how the learning rates fall after the warm-up
+    patience: int = 1  # plateau: epochs to wait for a better rsum before lowering the rates
+    factor: float = 0.8  # plateau: what the rates are then multiplied by
+    ema_decay: float = 0.0  # per step, of a moving average of the weights, which is then scored and kept; 0: none
+    image_drop_path: float = 0.0  # stochastic depth: how often the last layer is skipped, earlier ones less often
+    hflip: bool = False  # flip half of the training crops, but not if a caption says left or right
+    crop: float = 0.85  # smallest random training crop, as a share of the image's shorter side; 1: no zoom
 
     # Generated pictures
     extra_data: str = ""  # folder of pictures and captions that GAN.py --generate wrote, mixed into training batches
-    gan: Literal["none", "joint"] = "none"  # joint: a generator is trained at the same time, and lends its pictures
+    gan: Literal["none", "joint"] = "none"  # joint: a generator is trained at the same time, and its pictures are used
     gan_weight: float = 1.0  # lambda, what the generator's loss is multiplied by, for --gan joint
     extra_fraction: float = 0.25  # share of each batch that is generated, with --extra-data or --gan joint
 
     # The run
     seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; auto: bf16 where native, else fp32
-    compile: bool = False  # torch.compile the towers: a minute or two at the start (on a CPU with g++), then faster steps
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
+        "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    )
+    fast_convolutions: bool = True  # fewer passes over the activations of convolutional encoders; same results up to rounding
+    compile: bool = False  # torch.compile the encoders: a slow start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
     resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings and new rates if given; auto: if it can
     save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
     deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
 
+    def freezes(self, part):
+        """Whether the "image" or the "text" encoder is frozen as a whole."""
+        return self.freeze in (part, "both")
 
+
+RANGES = {  # (what a value must be, whether it is): settings
+    ("more than 0", lambda value: value > 0): "max_length projection_dim cached_crops captions_per_image text_feature_layers "
+    "head_lr image_encoder_lr text_encoder_lr text_width text_layers text_heads vocab_size patch_size image_width image_layers "
+    "image_heads",
+    ("at least 0", lambda value: value >= 0): "epochs batch_size micro_batch_size size num_workers weight_decay patience seed "
+    "save_every gan_weight",
+    ("at least 0 and below 1", lambda value: 0 <= value < 1): "dropout image_feature_dropout text_feature_dropout "
+    "image_drop_path warmup ema_decay",
+    ("above 0 and at most 1", lambda value: 0 < value <= 1): "crop factor",
+    ("above 0 and below 1", lambda value: 0 < value < 1): "extra_fraction",
+}
 FIXED_IN_A_RUN = (  # what makes the model and its input, which a resumed run keeps; weight files may lie elsewhere by then
     *("image_encoder", "size", "patch_size", "image_width", "image_layers", "image_heads"),
     *("text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
-    *("image_feature_stages", "text_feature_layers", "freeze", "train_image_from", "projection_dim", "num_projection_layers"),
+    *(
+        "image_feature_stages",
+        "text_feature_layers",
+        "freeze",
+        "image_unfreeze_from",
+        "projection_dim",
+        "num_projection_layers",
+    ),
     *("gan", "seed"),
 )
-OPENAI = {  # OpenAI's name: (timm's name of the image tower, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
+OPENAI = {  # OpenAI's name: (timm's name of the image encoder, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
     "RN50": ("resnet50_clip", 1024, 512),
     "RN101": ("resnet101_clip", 512, 512),
     "RN50x4": ("resnet50x4_clip", 640, 640),
@@ -107,7 +133,7 @@ OPENAI = {  # OpenAI's name: (timm's name of the image tower, d_e, d_t); openai/
     "ViT-L/14": ("vit_large_patch14_clip_quickgelu_224", 768, 768),
     "ViT-L/14@336px": ("vit_large_patch14_clip_quickgelu_336", 768, 768),
 }
-CONTEXT_LENGTH = 77  # tokens that OpenAI's text towers take
+CONTEXT_LENGTH = 77  # tokens that OpenAI's text encoders take
 SHAPES = Config(
     run_dir="runs/shapes",
     data_dir="Datasets/shapes",
@@ -172,14 +198,14 @@ FAST = Config(
     image_feature_stages="blocks.5,blocks.6",
     text_feature_layers=3,
     freeze="both",
-    cached_views=1,
+    cached_crops=1,
 )
 BEST = replace(
     FAST,
     run_dir="runs/best",
     freeze="none",
-    train_image_from="blocks.5",
-    cached_views=8,
+    image_unfreeze_from="blocks.5",
+    cached_crops=8,
     batch_size=256,
     captions_per_image=3,
     epochs=12,
@@ -187,7 +213,7 @@ BEST = replace(
     text_encoder_lr=2e-4,
     ema_decay=0.98,
     image_drop_path=0.1,
-    mirror=True,
+    hflip=True,
 )
 RESNET50 = {"image_encoder": "resnet50", "image_feature_stages": "", "size": 0, "text_encoder": "distilbert-base-uncased"}
 PRESETS = {
@@ -199,8 +225,8 @@ PRESETS = {
         BEST,
         **RESNET50,
         run_dir="runs/best-resnet50",
-        train_image_from="layer4",
-        image_encoder_lr=3e-4,  # larger towers, so smaller rates
+        image_unfreeze_from="layer4",
+        image_encoder_lr=3e-4,  # larger encoders, so smaller rates
         text_encoder_lr=5e-5,
     ),
     "openai": Config(
@@ -221,15 +247,15 @@ PRESETS = {
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
 Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained), fast and best (EfficientNet-Lite2 and MiniLM, on
-two CPU cores in 3 and about 45 minutes: the heads, and then the text tower and half of the image tower), fast-resnet50 and
-best-resnet50 (the same with flickr8k's towers) and openai (fine-tunes one of OpenAI's models).
-Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text tower reads from left
+two CPU cores in 3 and about 45 minutes: the heads, and then the text encoder and half of the image encoder), fast-resnet50 and
+best-resnet50 (the same with flickr8k's encoders) and openai (fine-tunes one of OpenAI's models).
+Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text encoder reads from left
 to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""
 
 
 def is_openai(config):
-    """True where both towers, and so the whole model, are one of OpenAI's."""
+    """True where both encoders, and so the whole model, are OpenAI's."""
     return config.image_encoder in OPENAI and config.text_encoder == "clip"
 
 
@@ -237,7 +263,7 @@ def parse_config(arguments, default_preset):
     """The Config of a command line ([PRESET] [--flags]), and the name of its preset.
 
     Exits with a message for an unknown flag or a value of the wrong type. Raises UserError for values that make no
-    sense, and where a run to be resumed is not there.
+    sense, and where the run to resume does not exist.
     """
     named = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if named else default_preset
@@ -255,14 +281,14 @@ def parse_config(arguments, default_preset):
         config = parse(replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
     elif config.resume == "auto":
         config = replace(config, resume="no")
-    config = fill_in(config)
+    config = resolve_defaults(config)
     check_run_dir(config.run_dir)
-    check(config)
+    validate(config)
     return config, preset
 
 
-def fill_in(config):
-    """The Config with what is left open: epochs, images a step and head rate that fit what is trained, OpenAI's own widths.
+def resolve_defaults(config):
+    """The Config with what is left open: epochs, images per step and head rate that fit what is trained, OpenAI's own widths.
 
     Over cached features an epoch takes a fraction of a second and a step of 1000 pairs little memory, and heads alone
     bear a larger rate.
@@ -280,7 +306,23 @@ def fill_in(config):
     )
 
 
-def generated_a_batch(config):
+def trains_heads_first(config):
+    """Whether new heads are trained before the encoders are: where those are pretrained and not frozen anyway."""
+    new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
+    return config.heads_first and new_heads and config.freeze != "both"
+
+
+def heads_config(config, num_images):
+    """The Config that trains the heads alone, in RUN_DIR/heads, before a run. num_images: for training."""
+    run_dir = Path(config.run_dir) / "heads"
+    config = replace(config, resume=config.resume if (run_dir / "config.json").exists() else "no", run_dir=str(run_dir))
+    config = replace(config, freeze="both", image_unfreeze_from="", gan="none", cached_crops=1, hflip=False)
+    config = replace(config, captions_per_image=1, micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)
+    config = resolve_defaults(config)
+    return replace(config, batch_size=min(config.batch_size, num_images))
+
+
+def generated_per_batch(config):
     """How many of a batch's pictures are generated."""
     return round(config.extra_fraction * config.batch_size) if config.extra_data or config.gan == "joint" else 0
 
@@ -288,7 +330,7 @@ def generated_a_batch(config):
 def check_run_dir(run_dir):
     """Raises UserError for a run folder that is the current folder or holds it: an earlier run's folder is renamed."""
     if not run_dir or Path.cwd().is_relative_to(Path(run_dir).resolve()):
-        raise UserError(f'--run-dir "{run_dir}": a run needs a folder of its own; name one, such as runs/mine')
+        raise UserError(f'--run-dir "{run_dir}": a run needs its own folder; name one, such as runs/mine')
 
 
 def refuse_changes(config, saved):
@@ -297,111 +339,98 @@ def refuse_changes(config, saved):
         before, now = getattr(saved, name), getattr(config, name)
         if before != now and (name in FIXED_IN_A_RUN or "random" in (before, now)):
             raise UserError(
-                f"--{name.replace('_', '-')} {now}: {config.run_dir} was begun with {before!r}, and a resumed run keeps it; "
+                f"--{name.replace('_', '-')} {now}: {config.run_dir} was started with {before!r}, and a resumed run keeps it; "
                 "leave the flag out, or start a new run with another --run-dir"
             )
 
 
-def check(config):
-    """Raises UserError for a value outside its range."""
-    positive = ["max_length", "projection_dim", "cached_views", "captions_per_image", "text_feature_layers"]
-    positive += ["head_lr", "image_encoder_lr", "text_encoder_lr"]
-    positive += ["text_width", "text_layers", "text_heads", "vocab_size"]
-    positive += ["patch_size", "image_width", "image_layers", "image_heads"]
-    for name in positive:
-        if getattr(config, name) <= 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be more than 0")
-    for name in [
-        "epochs",
-        "batch_size",
-        "micro_batch_size",
-        "size",
-        "num_workers",
-        "weight_decay",
-        "patience",
-        "seed",
-        "save_every",
-        "gan_weight",
-    ]:
-        if getattr(config, name) < 0:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must not be negative")
-    for name in ["dropout", "image_feature_dropout", "text_feature_dropout", "image_drop_path", "warmup", "ema_decay"]:
-        if not 0 <= getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: must be at least 0 and below 1")
-    for name in ["crop", "factor"]:
-        if not 0 < getattr(config, name) <= 1:
-            raise UserError(f"--{name} {getattr(config, name)}: must be above 0 and at most 1")
-    if config.batch_size == 1:
-        raise UserError("--batch-size 1: a single pair has nothing to be told apart from; use 2 or more")
-    if config.micro_batch_size and config.batch_size % config.micro_batch_size:
-        raise UserError(f"--micro-batch-size {config.micro_batch_size}: does not divide --batch-size {config.batch_size}")
-    if not 0 < config.extra_fraction < 1:
-        raise UserError(f"--extra-fraction {config.extra_fraction}: must be above 0 and below 1")
-    if config.extra_data and config.gan == "joint":
-        raise UserError("--extra-data, --gan joint: either fills a share of the batch; leave one out")
-    if (config.extra_data or config.gan == "joint") and not 2 <= generated_a_batch(config) < config.batch_size:
-        count, batch_size = generated_a_batch(config), config.batch_size
-        raise UserError(f"--extra-fraction {config.extra_fraction}: makes {count} of {batch_size} pictures; from 2 on will do")
-    if config.gan == "joint" and (config.freeze in ("image", "both") or config.train_image_from or config.micro_batch_size):
-        raise UserError(
-            "--gan joint: generated pictures have to pass the whole image tower, all at once; leave out "
-            "--freeze image or both, --train-image-from and --micro-batch-size"
-        )
-    if config.gan == "joint" and config.captions_per_image > 1:
-        raise UserError("--captions-per-image: a generated picture has one caption; leave it out with --gan joint")
-    if config.train_image_from and config.freeze in ("image", "both"):
-        raise UserError(f"--train-image-from {config.train_image_from}: --freeze {config.freeze} trains no image tower")
-    if config.mirror and config.cached_views == 1 and (config.train_image_from or config.freeze in ("image", "both")):
-        raise UserError("--mirror: --cached-views 1 keeps middle squares only; keep 2 or more")
-    if config.train_image_from and config.compile:
-        raise UserError("--compile: does not go with --train-image-from, which enters the tower half-way; leave one out")
-    if config.text_encoder == "clip" and config.text_weights == "pretrained" and not is_openai(config):
-        raise UserError(
-            f"--text-encoder clip: its weights are those of one of OpenAI's models, and {config.image_encoder} is none; "
+def validate(config):
+    """Raises UserError for a value outside its range, or values that do not go together."""
+    for (wanted, is_inside), names in RANGES.items():
+        for name in names.split():
+            value = getattr(config, name)
+            if not is_inside(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be {wanted}")
+    for is_broken, message in rules(config):
+        if is_broken:
+            raise UserError(message)
+
+
+def rules(config):
+    """What must not be set together: (whether it is, what to say)."""
+    c, openai = config, is_openai(config)
+    cached, count = c.freezes("image") or bool(c.image_unfreeze_from), generated_per_batch(c)
+    joint, generates = c.gan == "joint", bool(c.extra_data) or c.gan == "joint"
+    yield c.batch_size == 1, "--batch-size 1: a single pair has no negatives; use 2 or more"
+    micro_batch = f"--micro-batch-size {c.micro_batch_size}: does not divide --batch-size {c.batch_size}"
+    yield c.micro_batch_size and c.batch_size % c.micro_batch_size, micro_batch
+    yield c.extra_data and joint, "--extra-data, --gan joint: either fills a share of the batch; leave one out"
+    fraction = f"--extra-fraction {c.extra_fraction}: makes {count} of {c.batch_size} pictures; at least 2 are needed"
+    yield generates and not 2 <= count < c.batch_size, fraction
+    yield (
+        joint and (cached or c.micro_batch_size),
+        (
+            "--gan joint: generated pictures have to pass the whole image encoder in one batch; leave out "
+            "--freeze image or both, --image-unfreeze-from and --micro-batch-size"
+        ),
+    )
+    several = "--captions-per-image: a generated picture has one caption; leave it out with --gan joint"
+    yield joint and c.captions_per_image > 1, several
+    unfreeze = f"--image-unfreeze-from {c.image_unfreeze_from}: --freeze {c.freeze} trains no image encoder"
+    yield c.image_unfreeze_from and c.freezes("image"), unfreeze
+    yield c.hflip and c.cached_crops == 1 and cached, "--hflip: --cached-crops 1 keeps centre crops only; keep 2 or more"
+    compiled = "--compile: does not go with --image-unfreeze-from, which enters the encoder at a stage; leave one out"
+    yield c.image_unfreeze_from and c.compile, compiled
+    yield (
+        c.text_encoder == "clip" and c.text_weights == "pretrained" and not openai,
+        (
+            f"--text-encoder clip: its weights are those of one of OpenAI's models, and {c.image_encoder} is none; "
             f"pass --text-weights random, or --image-encoder {', '.join(OPENAI)}"
-        )
-    if is_openai(config) and (config.image_weights == "random") != (config.text_weights == "random"):
-        raise UserError("--image-weights, --text-weights: the towers of OpenAI's model are both random, or neither is")
-    several = config.image_feature_stages or is_openai(config) and config.text_feature_layers > 1
-    if config.image_encoder in OPENAI and config.image_weights != "random" and several:
-        raise UserError("--image-feature-stages, --text-feature-layers: OpenAI's heads take their towers' own features alone")
-    if config.image_encoder == "vit" and config.image_width % config.image_heads:
-        raise UserError(f"--image-width {config.image_width}: must be a multiple of --image-heads {config.image_heads}")
-    if config.text_weights == "random" and config.text_width % config.text_heads:
-        raise UserError(f"--text-width {config.text_width}: must be a multiple of --text-heads {config.text_heads}")
+        ),
+    )
+    both = "--image-weights, --text-weights: the encoders of OpenAI's model are both random, or neither is"
+    yield openai and (c.image_weights == "random") != (c.text_weights == "random"), both
+    layers = "--image-feature-stages, --text-feature-layers: OpenAI's heads take the last layer's features only"
+    more_features = c.image_feature_stages or openai and c.text_feature_layers > 1
+    yield c.image_encoder in OPENAI and c.image_weights != "random" and more_features, layers
+    image_heads = f"--image-width {c.image_width}: must be a multiple of --image-heads {c.image_heads}"
+    yield c.image_encoder == "vit" and c.image_width % c.image_heads, image_heads
+    text_heads = f"--text-width {c.text_width}: must be a multiple of --text-heads {c.text_heads}"
+    yield c.text_weights == "random" and c.text_width % c.text_heads, text_heads
 
 
-def without_places(config):
-    """The Config with paths cut to their last part, as a run has it that goes elsewhere."""
+def without_paths(config):
+    """The Config with paths cut to their last part, for a copy of the run that leaves this machine."""
     places = ["data_dir", "image_path", "captions_path", "image_weights", "text_encoder", "extra_data", "run_dir", "cache_dir"]
-    return replace(config, **{name: without_place(getattr(config, name)) for name in places})
+    return replace(config, **{name: last_part(getattr(config, name)) for name in places})
 
 
-def without_place(name):
+def last_part(name):
     """A path's last part; the name of a model on a hub, such as google-bert/bert-base-uncased, as it is."""
     is_path = Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~"))
     return Path(name).name if is_path else name
 
 
-def save_run(run_dir, config, towers):
-    """Writes run_dir/config.json: the settings, and what rebuilding the towers takes."""
-    write_json(Path(run_dir) / "config.json", {"format": RUN_FORMAT, "config": dataclasses.asdict(config), "towers": towers})
+def save_run(run_dir, config, encoders):
+    """Writes run_dir/config.json: the settings, and what rebuilding the encoders takes."""
+    saved = {"format": RUN_FORMAT, "config": dataclasses.asdict(config), "encoders": encoders}
+    write_json(Path(run_dir) / "config.json", saved)
 
 
 def load_run(run_dir):
-    """What `save_run` wrote, {"config": Config, "towers": dict}. Raises UserError where it is missing, damaged or foreign."""
+    """What `save_run` wrote, {"config": Config, "encoders": dict}. Raises UserError where it is missing, damaged or foreign."""
     path = Path(run_dir) / "config.json"
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != RUN_FORMAT:
             raise UserError(f"{path}: format {saved['format']}, but this version reads {RUN_FORMAT}; train it again")
-        return {"config": Config(**saved["config"] | {"resume": "no"}), "towers": saved["towers"]}
+        return {"config": Config(**saved["config"] | {"resume": "no"}), "encoders": saved["encoders"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
 
 
-def parse_flags(function, program, description, arguments):
+def run_cli(function, program, description, arguments):
     """Calls a command's function with the arguments of the command line, which become flags named as its own."""
     return tyro.cli(function, prog=program, description=description, args=arguments)

@@ -1,4 +1,4 @@
-"""Pictures and captions to features of the towers, and those to embeddings."""
+"""Images and captions to encoder features, and features to embeddings."""
 
 from collections import deque
 from itertools import islice
@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import clip
-from dataset import as_batch, center_crop, pad, read_images
-from device import autocast, pick_device, pick_dtype, speed_up_cpu
-from storage import UserError
+from dataset import pad
+from encoders.stages import run_from_stage
+from utils.device import autocast, pick_device, pick_dtype, speed_up_cpu
+from utils.errors import UserError
+from utils.images import as_batch, center_crop, read_images
 
-IMAGE_BATCH, TEXT_BATCH = 64, 256  # what embedding takes at a time; memory and speed change, results do not
+IMAGE_BATCH, TEXT_BATCH = 64, 256  # batch sizes; they change memory and speed, not results
 
 
 def open_model(run, device, precision):
@@ -29,17 +31,15 @@ def open_model(run, device, precision):
 
 @torch.no_grad()
 def image_feature_batches(model, pictures, device, dtype, total):
-    """Yields the image tower's features of pictures, (n, d_i), fp32, on the CPU, a batch at a time.
+    """Yields the image encoder's features, (n, d_i), fp32, on the CPU, batch by batch.
 
-    pictures: an iterable of about `total` uint8 arrays from `dataset`, of which the middle square is taken, or of activations
-    of the tower's trunk.
+    pictures: an iterable of about `total` uint8 arrays from `utils.images`; their centre crops are encoded.
     """
     model.eval()
     encoder, pictures = model.image_encoder, iter(pictures)
     with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
         while batch := list(islice(pictures, IMAGE_BATCH)):
-            activations = torch.is_tensor(batch[0])
-            image = torch.stack(batch) if activations else as_batch([center_crop(picture, encoder.size) for picture in batch])
+            image = as_batch([center_crop(picture, encoder.size) for picture in batch])
             with autocast(device, dtype):
                 features = encoder(image.to(device)).float().cpu()
             progress.update(len(batch))
@@ -52,8 +52,20 @@ def image_features(model, pictures, device, dtype, total):
     return torch.cat([torch.empty(0, model.image_encoder.width), *batches])
 
 
+@torch.no_grad()
+def activation_features(model, activations, device, dtype):
+    """n activations of the image encoder's trunk, (n, ...) -> its features, (n, d_i), fp32, on the CPU."""
+    model.eval()
+    features = torch.empty(len(activations), model.image_encoder.width)
+    for start in tqdm(range(0, len(activations), IMAGE_BATCH), desc="images", leave=False, disable=None):
+        rows = slice(start, start + IMAGE_BATCH)
+        with autocast(device, dtype):
+            features[rows] = run_from_stage(model.image_encoder, activations[rows].to(device)).float().cpu()
+    return features
+
+
 def file_embeddings(model, paths, device, dtype, num_workers=0):
-    """Yields (position, embedding) of picture files as they come: (d_e,) of length 1, or None where one cannot be read."""
+    """Yields (position, embedding) per image file: L2-normalised, (d_e,), or None where it cannot be read; any order."""
     good, bad = deque(), deque()
 
     def pictures():
@@ -63,7 +75,7 @@ def file_embeddings(model, paths, device, dtype, num_workers=0):
                 yield picture
 
     for I_f in image_feature_batches(model, pictures(), device, dtype, len(paths)):
-        for embedding in project(model.image_projection, I_f, device):
+        for embedding in project_and_normalize(model.image_projection, I_f, device):
             yield good.popleft(), embedding
         while bad:
             yield bad.popleft(), None
@@ -72,16 +84,16 @@ def file_embeddings(model, paths, device, dtype, num_workers=0):
 
 
 def file_features(model, paths, device, dtype, num_workers=0, skip_bad=False):
-    """(I_f, bad) of picture files: `image_features` of those that can be read, and {position: what is wrong} of the others.
+    """(I_f, bad) of image files: `image_features` of the readable ones, and {position: what is wrong} of the others.
 
-    Raises UserError for such a file unless skip_bad, and where none can be read.
+    Raises UserError for an unreadable file unless skip_bad, and where none can be read.
     """
     bad = {}
 
     def pictures():
         for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
             if problem and not skip_bad:
-                raise UserError(f"{problem}; mend or remove it, or pass --skip-bad")
+                raise UserError(f"{problem}; fix or remove it, or pass --skip-bad")
             if problem:
                 bad[position] = problem
             else:
@@ -95,9 +107,9 @@ def file_features(model, paths, device, dtype, num_workers=0, skip_bad=False):
 
 @torch.no_grad()
 def text_features(model, texts, device, dtype):
-    """The text tower's features of m lists of token ids: (m, d_t), fp32, on the CPU."""
+    """m lists of token ids -> the text encoder's features, (m, d_t), fp32, on the CPU."""
     model.eval()
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # captions of like length need little padding
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # captions of similar length need little padding
     features = torch.empty(len(texts), model.text_encoder.width)
     for start in tqdm(range(0, len(order), TEXT_BATCH), desc="captions", leave=False, disable=None):
         rows = order[start : start + TEXT_BATCH]
@@ -108,8 +120,8 @@ def text_features(model, texts, device, dtype):
 
 
 @torch.no_grad()
-def project(head, features, device):
-    """A tower's features, (n, d), through its head: (n, d_e) embeddings of length 1, on the CPU."""
+def project_and_normalize(head, features, device):
+    """An encoder's features, (n, d), through its projection head: L2-normalised (n, d_e) embeddings, on the CPU."""
     head.eval()
     return F.normalize(head(features.to(device)), dim=1).cpu()
 

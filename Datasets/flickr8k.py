@@ -1,13 +1,13 @@
-"""Finds Flickr8k where people put it, or fetches Kaggle's copy."""
+"""Find Flickr8k in the usual folders, or download Kaggle's copy."""
 
 from pathlib import Path
 
-from storage import UserError
+from utils.errors import UserError
 
 KAGGLE_NAME = "adityajn105/flickr8k"
 PLACES = ["Datasets/flickr8k", "Datasets/Flickr8k", "Datasets/Flicker-8k"]
-KAGGLE_INPUT = "/kaggle/input"  # where Kaggle mounts data sets: at SLUG, or at datasets/OWNER/SLUG
-KAGGLE_DEPTH = 4  # folders below that in which a data set may lie
+KAGGLE_INPUT = "/kaggle/input"  # Kaggle mounts data sets there, at SLUG or datasets/OWNER/SLUG
+KAGGLE_DEPTH = 4  # levels of subfolders that are searched there
 BY_HAND = (
     f"download kaggle.com/datasets/{KAGGLE_NAME} in a browser and unpack it to {PLACES[0]} "
     "(Images/ and captions.txt), or name its folder with --data-dir"
@@ -15,9 +15,9 @@ BY_HAND = (
 
 
 def find():
-    """The first of the usual places that is a folder with something in it, or None.
+    """The first of the usual folders that is not empty, or None.
 
-    On Kaggle that is the first folder with a captions.txt and Images/, the shallowest first.
+    On Kaggle: the first folder with a captions.txt and Images/, the shallowest first.
     """
     places = [place for place in PLACES if Path(place).is_dir() and any(Path(place).iterdir())]
     return next(iter(places), None) or next(map(str, find_on_kaggle()), None)
@@ -31,13 +31,13 @@ def find_on_kaggle():
 
 
 def download():
-    """Fetches Kaggle's Flickr8k (about 1 GB) through kagglehub, which keeps it, and returns its folder.
+    """Downloads Kaggle's Flickr8k (about 1 GB) with kagglehub, which caches it, and returns its folder.
 
-    Raises UserError where it cannot be fetched, with what to do by hand.
+    Raises UserError where the download fails, with instructions for a manual one.
     """
     try:
-        import kagglehub  # only here: everything else works without it
+        import kagglehub  # only here: it is optional
 
         return kagglehub.dataset_download(KAGGLE_NAME)
-    except Exception as error:  # requests', Kaggle's and the socket's own, after one failed attempt
-        raise UserError(f"Flickr8k cannot be fetched ({type(error).__name__}); {BY_HAND}") from None
+    except Exception as error:  # many libraries' types
+        raise UserError(f"Flickr8k cannot be downloaded ({type(error).__name__}); {BY_HAND}") from None

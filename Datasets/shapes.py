@@ -1,19 +1,19 @@
-"""Draws the built-in sample: captioned scenes of coloured shapes, in the layout of Kaggle's Flickr8k.
+"""Generate the sample data set: captioned scenes of coloured shapes, in the layout of Kaggle's Flickr8k.
 
     python Datasets/shapes.py FOLDER
     python Datasets/shapes.py FOLDER --classes
 
-The first writes `Images/`, `captions.txt` (five captions an image) and the three split lists. A scene holds one to three
-shapes with a colour, a size and a place each, on one of several backgrounds. Three things make its captions worth
-reading as sentences and not as bags of words:
+The first writes `Images/`, `captions.txt` (five captions per image) and the three split lists. A scene has one to three
+shapes, each with a colour, a size and a place, on one of several backgrounds. Three properties make word order and meaning
+matter, so that a bag of words is not enough:
 
-- Twins: many scenes come with a second one in which two shapes have exchanged their colours or their places. The
-  same words describe both; only who is what, and where, tells them apart.
-- Composition: some pairs of colour and shape (`HELD_OUT`) occur in the test split only.
-- Two of the five captions name no colours, and one of them no places either. Colours and places alone would tell nearly
-  all scenes apart, and a model that got by with them would hardly learn the shapes.
+- Twins: many scenes have a second version in which two shapes swap their colours or places. Both are described by the same
+  words.
+- Composition: some pairs of colour and shape (`HELD_OUT`) occur only in the test split.
+- Two of the five captions name no colours, and one of these no places either. Colours and places alone would identify nearly
+  all scenes, and a model that relied on them would hardly learn the shapes.
 
-The second writes pictures of one shape each, in a folder for every pair of colour and shape, for zero-shot classification.
+The second writes images of a single shape, in one folder for every pair of colour and shape, for zero-shot classification.
 """
 
 import argparse
@@ -27,9 +27,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-if __name__ == "__main__":  # as a script it does not see the folder above
+if __name__ == "__main__":  # a script cannot import from the parent folder by default
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from storage import whole_folder
+from utils.files import atomic_dir
 
 COLORS = {  # name: (words, RGB)
     "red": (["red", "crimson"], (214, 39, 40)),
@@ -69,7 +69,7 @@ PLACES = {  # (row, column) of a 3 x 3 grid: words
     (2, 1): ["at the bottom", "in the middle of the bottom edge"],
     (2, 2): ["in the bottom right corner", "at the lower right"],
 }
-BEGINNINGS = ["", "", "a photo of ", "a picture of "]  # of captions that only name what is there, as people begin theirs
+PREFIXES = ["", "", "a photo of ", "a picture of "]  # of captions that only name the shapes
 HELD_OUT = {
     ("red", "star"),
     ("green", "ring"),
@@ -106,7 +106,7 @@ class Scene:
 
 
 def random_scene(rng):
-    """A scene of one, two or three shapes; no two things share colour and shape, or a cell."""
+    """A scene of one, two or three shapes; no two have the same colour and shape, or the same cell."""
     count = rng.choices([1, 2, 3], [0.35, 0.45, 0.2])[0]
     looks = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], count)
     cells = rng.sample(list(PLACES), count)
@@ -115,33 +115,33 @@ def random_scene(rng):
 
 
 def twin(scene, rng):
-    """The scene with the first two things' colours, or their places, exchanged; None where nothing would change."""
-    a, b, *rest = scene.things
+    """The scene with the colours or places of the first two things swapped; None where that is the same or not allowed."""
+    a, b, *others = scene.things
     trait = rng.choice([name for name in ("color", "cell") if name == "cell" or a.color != b.color])
     a, b = replace(a, **{trait: getattr(b, trait)}), replace(b, **{trait: getattr(a, trait)})
-    looks = [(thing.color, thing.shape) for thing in (a, b, *rest)]
+    looks = [(thing.color, thing.shape) for thing in (a, b, *others)]
     if len(set(looks)) < len(looks) or {a, b} == set(scene.things[:2]):
         return None
-    return Scene((a, b, *rest), scene.background)
+    return Scene((a, b, *others), scene.background)
 
 
-def draw_scenes(count, held_out, rng, taken, twins=0.2):
-    """A list of `count` different scenes, none of them in the set `taken`, to which they are added.
+def draw_scenes(count, held_out, rng, used, twins=0.2):
+    """A list of `count` different scenes, none of them in the set `used`, to which they are added.
 
-    held_out: False allows no pair of `HELD_OUT`; True asks for at least one in every fourth scene.
+    held_out: False allows no pair of `HELD_OUT`; True requires one in every fourth scene. twins: probability of a twin.
     """
     scenes = []
     while len(scenes) < count:
-        wanted = held_out and len(scenes) % 4 == 0
+        needs_held_out = held_out and len(scenes) % 4 == 0
         scene = random_scene(rng)
         with_twin = len(scene.things) > 1 and rng.random() < twins
         pair = [scene] + ([twin(scene, rng)] if with_twin else [])
-        if None in pair or any(scene in taken for scene in pair) or len(scenes) + len(pair) > count:
+        if None in pair or any(scene in used for scene in pair) or len(scenes) + len(pair) > count:
             continue
-        if not held_out and any(scene.held_out for scene in pair) or wanted and not scene.held_out:
+        if not held_out and any(scene.held_out for scene in pair) or needs_held_out and not scene.held_out:
             continue
         scenes += pair
-        taken.update(pair)
+        used.update(pair)
     return scenes
 
 
@@ -149,7 +149,7 @@ def draw_scenes(count, held_out, rng, taken, twins=0.2):
 
 
 def noun(thing, rng, size=False, color=True):
-    """'red circle', 'small red circle', 'circle' or 'small circle', each word drawn from its synonyms."""
+    """'red circle', 'small red circle', 'circle' or 'small circle', each word a random synonym."""
     words = [rng.choice(SIZES[thing.size][0])] if size else []
     words += [rng.choice(COLORS[thing.color][0])] if color else []
     return " ".join([*words, rng.choice(SHAPES[thing.shape])])
@@ -160,18 +160,18 @@ def with_article(words):
 
 
 def relation(a, b, rng):
-    """Words for where a stands seen from b: one of the one or two relations that hold."""
+    """Words for the place of a relative to b; a random one where two relations hold."""
     (row_a, column_a), (row_b, column_b) = a.cell, b.cell
-    holding = []
+    relations = []
     if column_a != column_b:
-        holding.append(["left of", "to the left of"] if column_a < column_b else ["right of", "to the right of"])
+        relations.append(["left of", "to the left of"] if column_a < column_b else ["right of", "to the right of"])
     if row_a != row_b:
-        holding.append(["above", "higher than"] if row_a < row_b else ["below", "lower than"])
-    return rng.choice(rng.choice(holding))
+        relations.append(["above", "higher than"] if row_a < row_b else ["below", "lower than"])
+    return rng.choice(rng.choice(relations))
 
 
 def captions(scene, rng):
-    """Five differently worded captions. Three name at least two things, where there are two, by colour and shape."""
+    """Five different captions. Three name at least two things by colour and shape, if there are two."""
     ground = BACKGROUNDS[scene.background]
 
     def one(thing, **options):
@@ -186,8 +186,8 @@ def captions(scene, rng):
     if len(scene.things) == 1:
         (a,) = scene.things
         return [
-            f"{rng.choice(BEGINNINGS)}{one(a, size=True)} {place(a)} .",
-            f"{rng.choice(BEGINNINGS)}{one(a, color=False)} on {rng.choice(ground)} .",
+            f"{rng.choice(PREFIXES)}{one(a, size=True)} {place(a)} .",
+            f"{rng.choice(PREFIXES)}{one(a, color=False)} on {rng.choice(ground)} .",
             f"on {rng.choice(ground)} there is {one(a)} {place(a)} .",
             f"one shape on {rng.choice(ground)} : {one(a, size=True, color=False)} {place(a)} .",
             f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} .",
@@ -197,7 +197,7 @@ def captions(scene, rng):
     count = {2: "two", 3: "three"}[len(scene.things)]
     return [
         f"{one(a, size=True)} is {relation(a, b, rng)} {one(b, size=True)} .",
-        f"{rng.choice(BEGINNINGS)}{listed([one(thing, color=False) for thing in order])} on {rng.choice(ground)} .",
+        f"{rng.choice(PREFIXES)}{listed([one(thing, color=False) for thing in order])} on {rng.choice(ground)} .",
         f"on {rng.choice(ground)} there is {one(b)} {relation(b, a, rng)} {one(a)} .",
         f"{count} shapes on {rng.choice(ground)} : {listed([one(thing, size=True, color=False) for thing in order])} .",
         f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} ; {one(b)} is {place(b)} .",
@@ -220,7 +220,7 @@ def paint_background(name, side, rng):
         pattern = (np.floor(ys / period + shift) + np.floor(xs / period + shift)) % 2 * 30 - 15
     elif name == "grainy":
         pattern = np.random.default_rng(rng.getrandbits(32)).normal(0, 15, (side, side))
-    else:  # plain colours fade a little in one direction, as photographs do
+    else:  # plain colours with a slight gradient, as in photos
         angle = rng.uniform(0, 2 * np.pi)
         pattern = 14 * (np.cos(angle) * (xs - 0.5) + np.sin(angle) * (ys - 0.5))
     return tint + pattern[..., None].astype(np.float32)
@@ -242,8 +242,8 @@ def polygon(shape):
 
 
 def paint(scene, side, rng):
-    """The scene as a (side, side, 3) uint8 RGB picture; place, turn, size and tint of each thing vary a little."""
-    scale = 4  # shapes are drawn larger and reduced, which smooths their edges
+    """The scene as a (side, side, 3) uint8 RGB picture; place, rotation, size and tint of each thing vary a little."""
+    scale = 4  # shapes are drawn larger and scaled down, which smooths their edges
     picture = paint_background(scene.background, side, rng).clip(0, 255).astype(np.uint8)
     picture = cv2.resize(picture, None, fx=scale, fy=scale, interpolation=cv2.INTER_NEAREST)
     for thing in scene.things:
@@ -256,8 +256,8 @@ def paint(scene, side, rng):
         elif thing.shape == "ring":
             cv2.circle(picture, (int(x), int(y)), int(radius * 0.8), color, int(radius * 0.4))
         else:
-            turn = rng.uniform(-0.2, 0.2)
-            rotation = np.array([(np.cos(turn), -np.sin(turn)), (np.sin(turn), np.cos(turn))])
+            angle = rng.uniform(-0.2, 0.2)
+            rotation = np.array([(np.cos(angle), -np.sin(angle)), (np.sin(angle), np.cos(angle))])
             corners = radius * polygon(thing.shape) @ rotation + (x, y)
             cv2.fillPoly(picture, [corners.round().astype(np.int32)], color)
     return cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA)
@@ -269,51 +269,51 @@ def write_picture(path, scene, side, rng):
 
 
 def draw(folder, train=6000, val=300, test=300, side=96, seed=0):
-    """Writes the sample into `folder`: the same pictures, captions and split lists for the same arguments.
+    """Writes the data set into `folder`: the same images, captions and split lists for the same arguments.
 
     train, val, test: numbers of images. side: height and width in pixels.
-    The folder appears whole or not at all; one that is there already is replaced.
+    An existing folder is replaced; on failure nothing is written.
     """
     rng = random.Random(seed)
-    taken = set()
+    used = set()
     splits = {
-        "train": draw_scenes(train, False, rng, taken),
-        "dev": draw_scenes(val, False, rng, taken),
-        "test": draw_scenes(test, True, rng, taken),
+        "train": draw_scenes(train, False, rng, used),
+        "dev": draw_scenes(val, False, rng, used),
+        "test": draw_scenes(test, True, rng, used),
     }
     names = iter(f"{number:05d}.png" for number in range(train + val + test))
     rows = []
-    with whole_folder(Path(folder)) as unfinished:
-        (unfinished / "Images").mkdir()
+    with atomic_dir(Path(folder)) as temporary_path:
+        (temporary_path / "Images").mkdir()
         for split, scenes in splits.items():
-            with open(unfinished / f"shapes.{split}Images.txt", "w", encoding="utf-8") as split_list:
+            with open(temporary_path / f"shapes.{split}Images.txt", "w", encoding="utf-8") as split_list:
                 for scene in scenes:
                     name = next(names)
-                    write_picture(unfinished / "Images" / name, scene, side, rng)
+                    write_picture(temporary_path / "Images" / name, scene, side, rng)
                     split_list.write(f"{name}\n")
                     rows += [(name, caption) for caption in captions(scene, rng)]
-        with open(unfinished / "captions.txt", "w", newline="", encoding="utf-8") as captions_file:
+        with open(temporary_path / "captions.txt", "w", newline="", encoding="utf-8") as captions_file:
             csv.writer(captions_file).writerows([("image", "caption"), *rows])
 
 
 def draw_classes(folder, pictures=10, side=96, seed=0):
-    """Writes a folder of `pictures` pictures of one shape for each pair of colour and shape, named after it ("red circle").
+    """Writes `pictures` images of a single shape for each pair of colour and shape, in a folder named after it ("red circle").
 
-    side: height and width in pixels. The folder appears whole or not at all; one that is there already is replaced.
+    side: height and width in pixels. An existing folder is replaced; on failure nothing is written.
     """
     rng = random.Random(seed)
-    with whole_folder(Path(folder)) as unfinished:
+    with atomic_dir(Path(folder)) as temporary_path:
         for color, shape in itertools.product(COLORS, SHAPES):
-            (unfinished / f"{color} {shape}").mkdir()
+            (temporary_path / f"{color} {shape}").mkdir()
             for number in range(pictures):
                 thing = Thing(color, shape, rng.choice(list(SIZES)), rng.choice(list(PLACES)))
                 scene = Scene((thing,), rng.choice(list(BACKGROUNDS)))
-                write_picture(unfinished / f"{color} {shape}" / f"{number:03d}.png", scene, side, rng)
+                write_picture(temporary_path / f"{color} {shape}" / f"{number:03d}.png", scene, side, rng)
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Draws captioned scenes of coloured shapes.")
-    parser.add_argument("folder", help="is made, or replaced")
-    parser.add_argument("--classes", action="store_true", help="one shape a picture, in folders named after colour and shape")
+    parser = argparse.ArgumentParser(description="Generates captioned images of coloured shapes.")
+    parser.add_argument("folder", help="output folder; an existing one is replaced")
+    parser.add_argument("--classes", action="store_true", help="one shape per image, in folders named after colour and shape")
     arguments = parser.parse_args()
     (draw_classes if arguments.classes else draw)(arguments.folder)

@@ -1,8 +1,8 @@
-"""Seconds from JPEGs on disk to the end of epoch 1 and of epoch 2, program start included, with a cold and a warm cache.
+"""Seconds from the start of the program, with JPEGs on disk, to the end of epochs 1 and 2, with a cold and a warm cache.
 
     python benchmarks/epoch.py --data-dir DIR --image-weights FILE --text-encoder FOLDER [--trained heads|stages|all]
 
-The image tower is EfficientNet-Lite0. Cold: nothing is cached. Warm: the same run once more.
+The image encoder is EfficientNet-Lite0. Cold: nothing is cached. Warm: the same run a second time.
 """
 
 import re
@@ -13,12 +13,12 @@ from typing import Literal
 
 from measure import report, spread, timed_lines
 
-from config import parse_flags
-from storage import run_command
+from config import run_cli
+from utils.errors import run_command
 
 TRAINED = {
     "heads": ["--freeze", "both"],
-    "stages": ["--no-heads-first", "--train-image-from", "blocks.5", "--batch-size", "256"],
+    "stages": ["--no-heads-first", "--image-unfreeze-from", "blocks.5", "--batch-size", "256"],
     "all": ["--no-heads-first", "--batch-size", "64"],
 }
 
@@ -31,15 +31,15 @@ def measure(
     rounds: int = 5,
     json: str = "",
 ):
-    """Times the first two epochs of a run, cold and warm in turns.
+    """Times the first two epochs of a run, with a cold and a warm cache in turns.
 
     Args:
         data_dir: folder of Flickr8k
         image_weights: file of EfficientNet-Lite0's weights
-        text_encoder: folder of a text tower
-        trained: the heads alone; also the image tower's last two stages and the text tower; or everything
-        rounds: cold and warm runs that are timed
-        json: file for the figures
+        text_encoder: folder of a text encoder
+        trained: heads: only the projection heads; stages: also the image encoder's last two stages and the text encoder; all
+        rounds: timed rounds, each a cold and a warm run
+        json: file for the results
     """
     flags = ["flickr8k", "--data-dir", Path(data_dir).resolve(), "--image-encoder", "tf_efficientnet_lite0", "--epochs", 2]
     flags += ["--image-weights", Path(image_weights).resolve(), "--text-encoder", Path(text_encoder).resolve()]
@@ -49,11 +49,11 @@ def measure(
         with tempfile.TemporaryDirectory() as folder:
             for cache in ("cold", "warm"):
                 for elapsed, line in timed_lines([*flags, "--run-dir", f"{folder}/run", "--cache-dir", f"{folder}/cache"]):
-                    if epoch := re.match(r"epoch +(\d)/2", line):
-                        seconds[cache, int(epoch[1])].append(elapsed)
+                    if match := re.match(r"epoch +(\d)/2", line):
+                        seconds[cache, int(match[1])].append(elapsed)
     rows = [[cache, epoch, spread(values)] for (cache, epoch), values in seconds.items()]
     report(f"From JPEGs to the end of an epoch, trained: {trained}", ["cache", "epoch", "seconds"], rows, json)
 
 
 if __name__ == "__main__":
-    run_command(lambda: parse_flags(measure, "epoch.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "epoch.py", None, sys.argv[1:]))

@@ -3,10 +3,10 @@
     python benchmarks/generated.py
     python benchmarks/generated.py --images 200 --seeds 0
 
-For each number of training images, a text tower is trained on them (`main.py shapes`), a generator on its embeddings
-(`GAN.py`), and then CLIP with and without generated pairs, for the same number of steps. All see the same validation and test
-images. A classifier of colour and shape, trained on real pictures of other scenes, says how many of the looks that captions
-name it finds in the pictures made from them.
+For each number of training images, a text encoder is trained on them (`main.py shapes`), then a generator on its embeddings
+(`GAN.py`), then CLIP with and without generated pairs, for the same number of steps. All use the same validation and test
+images. A classifier of the objects (colour and shape) in a picture, trained on real pictures of other scenes, measures how many
+of the objects that a caption names are in the picture generated from it.
 """
 
 import random
@@ -23,153 +23,183 @@ from measure import evaluate, report, spread, timed_lines
 from torch import nn
 
 import GAN
-from config import parse_flags
-from dataset import read_image
+from config import run_cli
 from Datasets import shapes
-from device import autocast, speed_up_cpu
-from generator import NOISE, SIDE, draw_pictures
+from generation.networks import IMAGE_SIZE, NOISE_DIM, draw_pictures
 from modules import ImageEncoder
-from storage import run_command
+from utils.device import autocast, speed_up_cpu
+from utils.errors import run_command
+from utils.images import read_image
 
-STEPS = {200: 150, 500: 300, 6000: 500}  # of CLIP with so many training images; other numbers take the largest
-GAN_EPOCHS = {200: 200, 500: 100, 6000: 25}  # of the generator; other numbers take the least
-BATCH, FRACTION = {200: 64, 500: 64}, 0.25  # BATCH: of other numbers, the preset's
-GENERATED = 5  # pictures a training image, at most MOST_GENERATED
-MOST_GENERATED = 5000
-LOOKS = [(color, shape) for color in shapes.COLORS for shape in shapes.SHAPES]
-JUDGE_SCENES, JUDGE_STEPS, JUDGE_BATCH = 12_000, 2500, 64  # the judge finds next to nothing in its first 500 steps
-
-
-def take_images(sample, folder, count):
-    """A copy of the sample whose training list has `count` images."""
-    shutil.copytree(sample, folder)
-    path = folder / "shapes.trainImages.txt"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+# By number of training images; other numbers use the last entry, or for BATCH_SIZE the preset's.
+CLIP_STEPS = {200: 150, 500: 300, 6000: 500}
+GAN_EPOCHS = {200: 200, 500: 100, 6000: 25}
+BATCH_SIZE, PRESET_BATCH_SIZE = {200: 64, 500: 64}, 128
+GENERATED_FRACTION = 0.25  # of each batch
+GENERATED_PER_IMAGE, MAX_GENERATED = 5, 5000  # pictures to generate per training image, and in all
+OBJECTS = [(color, shape) for color in shapes.COLORS for shape in shapes.SHAPES]
+# The classifier detects almost nothing in its first 500 steps.
+CLASSIFIER_SCENES, CLASSIFIER_STEPS, CLASSIFIER_BATCH = 12_000, 2500, 64
 
 
-# ---- a judge of colours and shapes -------------------------------------------------------------------------------
-
-
-def named_looks(caption):
-    """Positions in LOOKS of the pairs of colour and shape that a caption names."""
+def named_objects(caption):
+    """Indices in OBJECTS of the objects that a caption names by colour and shape."""
     colors = {word: color for color, (words, _) in shapes.COLORS.items() for word in words}
     nouns = {word: shape for shape, words in shapes.SHAPES.items() for word in words}
-    found = re.findall(rf"\b({'|'.join(colors)}) ({'|'.join(nouns)})\b", caption)
-    return [LOOKS.index((colors[color], nouns[noun])) for color, noun in found]
+    pairs = re.findall(rf"\b({'|'.join(colors)}) ({'|'.join(nouns)})\b", caption)
+    return [OBJECTS.index((colors[color], nouns[noun])) for color, noun in pairs]
 
 
-def train_judge():
-    """A classifier of (n, 3, SIDE, SIDE) pixels into (n, 48) logits: is a thing of this colour and shape in the picture?"""
+def train_classifier():
+    """A multi-label classifier, (n, 3, IMAGE_SIZE, IMAGE_SIZE) pixels to (n, 48) logits: is this object in the picture?"""
     torch.manual_seed(0)
     rng = random.Random(1_000)
-    scenes = [shapes.random_scene(rng) for _ in range(JUDGE_SCENES)]
-    pictures = [cv2.resize(shapes.paint(scene, 96, rng), (SIDE, SIDE), interpolation=cv2.INTER_AREA) for scene in scenes]
+    scenes = [shapes.random_scene(rng) for _ in range(CLASSIFIER_SCENES)]
+    shape = (IMAGE_SIZE, IMAGE_SIZE)
+    pictures = [cv2.resize(shapes.paint(scene, 96, rng), shape, interpolation=cv2.INTER_AREA) for scene in scenes]
     image = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    label = torch.zeros(len(scenes), len(LOOKS))
+    label = torch.zeros(len(scenes), len(OBJECTS))
     for row, scene in enumerate(scenes):
-        label[row, [LOOKS.index((thing.color, thing.shape)) for thing in scene.things]] = 1
-    tower = ImageEncoder("test_resnet", "random", SIDE)
-    judge = nn.Sequential(tower, nn.Linear(tower.width, len(LOOKS)))
-    optimizer = torch.optim.AdamW(judge.parameters(), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, JUDGE_STEPS)
-    for _ in range(JUDGE_STEPS):
-        rows = torch.randint(len(scenes), (JUDGE_BATCH,))
+        label[row, [OBJECTS.index((thing.color, thing.shape)) for thing in scene.things]] = 1
+    encoder = ImageEncoder("test_resnet", "random", IMAGE_SIZE)
+    classifier = nn.Sequential(encoder, nn.Linear(encoder.width, len(OBJECTS)))
+    optimizer = torch.optim.AdamW(classifier.parameters(), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, CLASSIFIER_STEPS)
+    for _ in range(CLASSIFIER_STEPS):
+        rows = torch.randint(len(scenes), (CLASSIFIER_BATCH,))
         with autocast(image.device, torch.bfloat16):
-            logits = judge(image[rows])
+            logits = classifier(image[rows])
         loss = nn.functional.binary_cross_entropy_with_logits(logits.float(), label[rows])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
-    return judge.eval()
+    return classifier.eval()
 
 
 @torch.no_grad()
-def confirmed(judge, pictures, captions):
-    """The share, in percent, of the looks named in captions that the judge finds in their pictures, (n, SIDE, SIDE, 3)."""
+def detection_rate(classifier, pictures, captions):
+    """The share, in percent, of the objects named in captions that the classifier detects in their pictures."""
     image = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)
-    found = torch.cat([judge(rows) for rows in image.split(250)]) > 0
-    return 100 * float(
-        np.mean([found[row, look].item() for row, caption in enumerate(captions) for look in named_looks(caption)])
-    )
+    detected = torch.cat([classifier(rows) for rows in image.split(250)]) > 0  # (n, 48)
+    hits = [detected[row, i].item() for row, caption in enumerate(captions) for i in named_objects(caption)]
+    return 100 * float(np.mean(hits))
 
 
-def judge_split(judge, gan_dir, split):
-    """Shares of looks found for the captions of a split that name one of them, and for those that name two.
+def detection_rates(classifier, gan_dir, split):
+    """Detection rates for a split's captions that name one object, and for those that name two.
 
-    Returns [share in generated pictures, in the real ones, and the same for two], in percent.
+    Returns [rate in generated pictures, rate in the real ones, and the same for two], in percent.
     """
-    saved = GAN.load_gan(gan_dir)["config"]
-    table, image_dir, _, embed, _, device, _ = GAN.read_captions_and_tower(saved, "shapes")
-    shares = []
+    source = GAN.read_captions_and_encoder(GAN.load_gan(gan_dir)["config"], "shapes")
+    rates = []
     for count in (1, 2):
-        rows = table[(table["split"] == split) & (table["caption"].map(named_looks).map(len) == count)]
-        embeddings = embed(rows["caption"])
-        noise = torch.randn(len(rows), NOISE, generator=torch.Generator().manual_seed(0))
-        generator = GAN.load_generator(gan_dir, embeddings.shape[1]).to(device)
-        made = draw_pictures(generator, noise.to(device), embeddings.to(device))
-        real = [read_image(image_dir / name, SIDE) for name in rows["image"]]
-        shares += [confirmed(judge, made, rows["caption"]), confirmed(judge, real, rows["caption"])]
-    return shares
+        num_named = source.table["caption"].map(named_objects).map(len)
+        rows = source.table[(source.table["split"] == split) & (num_named == count)]
+        embeddings = source.embed(rows["caption"])
+        noise = torch.randn(len(rows), NOISE_DIM, generator=torch.Generator().manual_seed(0))
+        generator = GAN.load_generator(gan_dir, embeddings.shape[1]).to(source.device)
+        generated = draw_pictures(generator, noise.to(source.device), embeddings.to(source.device))
+        real = [read_image(source.image_dir / name, IMAGE_SIZE) for name in rows["image"]]
+        rates += [detection_rate(classifier, pictures, rows["caption"]) for pictures in (generated, real)]
+    return rates
 
 
-# ---- recall with and without -------------------------------------------------------------------------------------
+def run_script(arguments, script="main.py"):
+    """Runs a script until it ends."""
+    for _ in timed_lines(arguments, script):
+        pass
+
+
+class Experiment:
+    """All runs with one number of training images, in one folder.
+
+    folder: holds the drawn sample in sample/. count: number of training images.
+    """
+
+    def __init__(self, folder, count):
+        self.folder, self.count = folder, count
+        self.data, self.gan_dir = folder / f"data-{count}", folder / f"gan-{count}"
+        self.extra_data = folder / f"pictures-{count}"
+        self.cache = ["--cache-dir", folder / "cache"]
+        self.batch_size = BATCH_SIZE.get(count, PRESET_BATCH_SIZE)
+        self.steps = CLIP_STEPS.get(count, max(CLIP_STEPS.values()))
+        shutil.copytree(folder / "sample", self.data)
+        path = self.data / "shapes.trainImages.txt"
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:count]))
+
+    def variants(self):
+        """{name: (flags, real images per step)} of the ways to train CLIP."""
+        num_real = self.batch_size - round(GENERATED_FRACTION * self.batch_size)
+        fraction = ["--extra-fraction", GENERATED_FRACTION]
+        return {
+            "real only": ([], self.batch_size),
+            "a quarter generated": (["--extra-data", self.extra_data, *fraction], num_real),
+            "joint": (["--gan", "joint", *fraction], self.batch_size),
+        }
+
+    def train_clip(self, name, seed):
+        """Trains CLIP with a variant. Returns its run folder and its scores on the test images."""
+        flags, num_real = self.variants()[name]
+        run = self.folder / f"run-{self.count}-{name}-{seed}"
+        epochs = round(self.steps / (self.count // num_real))
+        flags = [*flags, "--epochs", epochs, "--batch-size", self.batch_size, "--seed", seed, "--run-dir", run]
+        run_script(["shapes", "--data-dir", self.data, *self.cache, *flags])
+        scores = evaluate("retrieval", "--run", run, "--split", "test")
+        rsum, recall = scores["rsum"], scores["text_to_image"]["R@1"]
+        print(f"{self.count} images, seed {seed}, {name}: test rsum {rsum:.1f}, T2I R@1 {recall:.1f}", flush=True)
+        return run, scores
+
+    def generate(self, run):
+        """Trains a generator on a run's text encoder, and generates pictures for the variant with extra data."""
+        epochs = GAN_EPOCHS.get(self.count, min(GAN_EPOCHS.values()))
+        run_script(["shapes", "--run", run, "--run-dir", self.gan_dir, *self.cache, "--epochs", epochs], "GAN.py")
+        number = min(GENERATED_PER_IMAGE * self.count, MAX_GENERATED)
+        run_script(["shapes", "--run-dir", self.gan_dir, "--generate", number, "--output", self.extra_data], "GAN.py")
+
+    def detection_rows(self, classifier):
+        """Rows of the table of detection rates."""
+        rows = []
+        for split, split_name in (("val", "validation"), ("test", "test")):
+            rates = [f"{rate:.1f}" for rate in detection_rates(classifier, self.gan_dir, split)]
+            rows.append([self.count, split_name, *rates])
+            print(f"objects detected for {self.count} images, captions of {split}: {' '.join(rates)}", flush=True)
+        return rows
 
 
 def measure(images: tuple[int, ...] = (200, 500, 6000), seeds: tuple[int, ...] = (0, 1, 2), json: str = ""):
-    """Measures how often generated pictures show what was asked for, and recall with and without them.
+    """Measures how often generated pictures show the objects of their captions, and recall with and without them.
+
+    Recall is that of CLIP on the test images; rsum is the sum of the six recalls, at most 600.
 
     Args:
         images: numbers of training images
-        seeds: of the runs of CLIP; generators have seed 0
+        seeds: seeds of the CLIP runs; generators have seed 0
         json: file for the recalls
     """
     speed_up_cpu()
-    judge, judged, rows = train_judge(), [], []
+    classifier, detection_rows, recall_rows = train_classifier(), [], []
     with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
-        shapes.draw(folder / "sample")
+        shapes.draw(Path(folder) / "sample")
         for count in images:
-            data, gan_dir, extra = folder / f"data-{count}", folder / f"gan-{count}", folder / f"pictures-{count}"
-            take_images(folder / "sample", data, count)
-            batch, steps = BATCH.get(count, 128), STEPS.get(count, max(STEPS.values()))
-            real = batch - round(FRACTION * batch)
-            common = ["shapes", "--data-dir", data, "--cache-dir", folder / "cache"]
-            generated = ["--extra-data", extra, "--extra-fraction", FRACTION]
-            joint = ["--gan", "joint", "--extra-fraction", FRACTION]
-            ways = {"real only": ([], batch), "a quarter generated": (generated, real), "joint": (joint, batch)}
-            scores = {way: [] for way in ways}
+            experiment = Experiment(Path(folder), count)
+            scores = {name: [] for name in experiment.variants()}
             for seed in seeds:
-                for way, (flags, fresh) in ways.items():
-                    run = folder / f"run-{count}-{way}-{seed}"
-                    flags = [*flags, "--epochs", round(steps / (count // fresh)), "--batch-size", batch, "--seed", seed]
-                    for _ in timed_lines([*common, *flags, "--run-dir", run]):
-                        pass
-                    scores[way].append(evaluate("retrieval", "--run", run, "--split", "test"))
-                    rsum, recall = scores[way][-1]["rsum"], scores[way][-1]["text_to_image"]["R@1"]
-                    print(f"{count} images, seed {seed}, {way}: test rsum {rsum:.1f}, T2I R@1 {recall:.1f}", flush=True)
-                    if way == "real only" and seed == seeds[0]:
-                        gan = ["shapes", "--run", run, "--run-dir", gan_dir, "--cache-dir", folder / "cache"]
-                        epochs = GAN_EPOCHS.get(count, min(GAN_EPOCHS.values()))
-                        for _ in timed_lines([*gan, "--epochs", epochs], "GAN.py"):
-                            pass
-                        number = min(GENERATED * count, MOST_GENERATED)
-                        for _ in timed_lines(
-                            ["shapes", "--run-dir", gan_dir, "--generate", number, "--output", extra], "GAN.py"
-                        ):
-                            pass
-                        for split in ("val", "test"):
-                            shares = [f"{share:.1f}" for share in judge_split(judge, gan_dir, split)]
-                            judged.append([count, {"val": "validation", "test": "test"}[split], *shares])
-                            print(f"looks found for {count} images, captions of {split}: {' '.join(shares)}", flush=True)
-            for way, runs in scores.items():
-                recalls = [[run[side]["R@1"] for run in runs] for side in ("text_to_image", "image_to_text")]
-                rows.append([count, steps, way, *map(spread, recalls), spread([run["rsum"] for run in runs])])
-    columns = ["training images", "captions", "one look: generated", "real", "two looks: generated", "real"]
-    report("Looks that captions name, found by a classifier, percent", columns, judged, "")
+                for name in scores:
+                    run, run_scores = experiment.train_clip(name, seed)
+                    scores[name].append(run_scores)
+                    if name == "real only" and seed == seeds[0]:
+                        experiment.generate(run)
+                        detection_rows += experiment.detection_rows(classifier)
+            for name, runs in scores.items():
+                recalls = [[run[direction]["R@1"] for run in runs] for direction in ("text_to_image", "image_to_text")]
+                rsums = [run["rsum"] for run in runs]
+                recall_rows.append([count, experiment.steps, name, *map(spread, recalls), spread(rsums)])
+    columns = ["training images", "captions", "one object: generated", "real", "two objects: generated", "real"]
+    report("Objects named in captions that a classifier detects, percent", columns, detection_rows, "")
     columns = ["training images", "steps", "trained on", "test T2I R@1", "test I2T R@1", "test rsum"]
-    report(f"Recall with and without generated pairs, seeds {', '.join(map(str, seeds))}", columns, rows, json)
+    report(f"Recall with and without generated pairs, seeds {', '.join(map(str, seeds))}", columns, recall_rows, json)
 
 
 if __name__ == "__main__":
-    run_command(lambda: parse_flags(measure, "generated.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "generated.py", None, sys.argv[1:]))

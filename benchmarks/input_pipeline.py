@@ -1,9 +1,9 @@
-"""Images a second of the input pipeline alone: from the cache of decoded pictures to normalised batches, random crops included.
+"""Images per second of the input pipeline alone: from cached decoded pictures to normalised batches of random crops.
 
     python benchmarks/input_pipeline.py [--data-dir DIR]
 
-- ours: each picture's crop is cut and resized by albumentations (OpenCV) as it is read, the batch normalised on the device.
-- crops on the batch: the same windows cut without resizing, the batch then cropped and resized by torch's grid_sample.
+- ours: albumentations (OpenCV) crops and resizes each picture as it is read; the batch is normalised on the device.
+- crops on the batch: the centre crops are stacked, and torch's grid_sample crops and resizes the whole batch.
 """
 
 import sys
@@ -13,21 +13,22 @@ from pathlib import Path
 import torch.nn.functional as F
 from measure import alternate, report, spread
 
-from captions import load_captions
-from config import PRESETS, parse_flags
-from dataset import CLIPDataset, as_batch, center_crop, decode_images, train_loader
+from captions import image_positions, load_captions
+from config import PRESETS, run_cli
+from dataset import CLIPDataset
 from Datasets import flickr8k, shapes
-from device import keep_freed_memory, pick_device
-from evaluate import positions_of_images
-from storage import run_command
+from training.data import batch_loader
+from utils.device import keep_freed_memory, pick_device
+from utils.errors import run_command
+from utils.images import as_batch, center_crop, decode_images
 
 import torch  # isort: skip
 
-MEAN, STD = 127.5, 64.0  # any tower's would take as long
+MEAN, STD = 127.5, 64.0  # of the pixels; the values do not change the time
 
 
 def crop_batch(image, crop):
-    """(n, 3, size, size) pixels -> the same, a random square of each enlarged to the whole."""
+    """(n, 3, size, size) pixels -> a random square crop of each image, resized to (size, size)."""
     n = len(image)
     side = torch.empty(n, device=image.device).uniform_(crop, 1)
     theta = torch.zeros(n, 2, 3, device=image.device)
@@ -47,17 +48,17 @@ def measure(
     device: str = "auto",
     json: str = "",
 ):
-    """Times the input pipeline with crops cut picture by picture and on the batch.
+    """Times the input pipeline with crops of single pictures and of whole batches.
 
     Args:
-        data_dir: pictures and captions; empty: Flickr8k where it is found, else the drawn sample
-        images: pictures a round
-        batch_size: pictures a batch
+        data_dir: pictures and captions; empty: Flickr8k if it is found, else the drawn sample
+        images: pictures per round
+        batch_size: pictures per batch
         size: height and width of the crops in pixels
-        num_workers: processes that cut crops; with 0 its own process does
-        rounds: rounds that are timed
+        num_workers: the DataLoader's worker processes
+        rounds: timed rounds
         device: auto, cpu, cuda
-        json: file for the figures
+        json: file for the results
     """
     keep_freed_memory()
     device = pick_device(device)
@@ -65,7 +66,7 @@ def measure(
     if not Path(data_dir).exists():
         shapes.draw(data_dir)
     table, image_dir, _ = load_captions(str(data_dir))
-    names, _ = positions_of_images(table)
+    names, _ = image_positions(table)
     names = names[:images]
     mean, std = (torch.full((1, 3, 1, 1), value, device=device) for value in (MEAN, STD))
     with tempfile.TemporaryDirectory() as cache_dir:
@@ -73,7 +74,7 @@ def measure(
         dataset = CLIPDataset(pictures, [[1]], size, crop=0.85)
         order = torch.randperm(len(names)).tolist()
         indices = [[(i, [0], i) for i in order[start : start + batch_size]] for start in range(0, len(order), batch_size)]
-        loader = train_loader(dataset, indices, 0, num_workers, device.type == "cuda")
+        loader = batch_loader(dataset, indices, 0, num_workers, device.type == "cuda")
 
         def ours():
             for batch in loader:
@@ -94,4 +95,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_command(lambda: parse_flags(measure, "input_pipeline.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "input_pipeline.py", None, sys.argv[1:]))

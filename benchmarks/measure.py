@@ -1,6 +1,6 @@
-"""What all benchmarks share: sides that take turns in one process, medians, a table, a JSON file.
+"""What all benchmarks share: time variants in turns, summarise the times, print a table, write a JSON file.
 
-A machine is never equally fast for long, so sides that are compared run alternately and the median of their times counts.
+The speed of a machine changes over time, so the variants that are compared run in turns, and their median times are reported.
 """
 
 import json
@@ -13,32 +13,33 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the project's files, wherever this is started
+sys.path.insert(0, str(ROOT))  # so that benchmarks can import the project's modules from any working directory
 
 import torch
 
-from storage import UserError, write_json
+from utils.errors import UserError
+from utils.files import write_json
 
 
-def alternate(sides, rounds):
-    """Runs each side once to warm up, then in turns. sides: {name: function}. Returns {name: [seconds of each round]}."""
-    seconds = {name: [] for name in sides}
+def alternate(variants, rounds):
+    """Runs each variant once to warm up, then all in turns. variants: {name: function}. Returns {name: [seconds per round]}."""
+    seconds = {name: [] for name in variants}
     for round_number in range(rounds + 1):
-        for name, side in sides.items():
+        for name, variant in variants.items():
             started = time.perf_counter()
-            side()
+            variant()
             if round_number:
                 seconds[name].append(time.perf_counter() - started)
     return seconds
 
 
 def spread(values, digits=1):
-    """Numbers -> "median (smallest to largest)"."""
+    """Summarises numbers as "median (smallest to largest)"."""
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
 def processor():
-    """The processor's own name where the system tells it."""
+    """The name of the processor, if the system knows it."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -47,7 +48,7 @@ def processor():
 
 
 def report(title, columns, rows, json_path):
-    """Prints rows (lists of cells, as columns name them) as a Markdown table, and writes them to json_path if it is given."""
+    """Prints rows, lists with one cell per column, as a Markdown table, and writes them to json_path if it is not empty."""
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
@@ -61,9 +62,9 @@ def report(title, columns, rows, json_path):
 
 
 def timed_lines(arguments, script="main.py"):
-    """Runs `python main.py`, or another script, and yields (seconds since its start, line printed), as they come.
+    """Runs `python main.py`, or another script, and yields (seconds since its start, line) as soon as it prints a line.
 
-    Raises UserError where it fails.
+    Raises UserError if it fails.
     """
     command = [sys.executable, "-u", str(ROOT / script), *map(str, arguments)]
     started = time.perf_counter()
@@ -76,7 +77,7 @@ def timed_lines(arguments, script="main.py"):
 
 
 def evaluate(*arguments):
-    """The JSON that python evaluate.py writes. Raises UserError where it fails."""
+    """Runs `python evaluate.py` and returns what it writes as JSON. Raises UserError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, str(ROOT / "evaluate.py"), *map(str, arguments), "--json", f"{folder}/scores.json"]
         process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -1,10 +1,10 @@
-"""Milliseconds of one query on one core over a large gallery of embeddings, exact and approximate (HNSW).
+"""Milliseconds per query, on one core, of exact and approximate (HNSW) search in a large gallery of embeddings.
 
     python benchmarks/search.py [--pictures 1000000]
 
-The embeddings are drawn: points of a random 32-dimensional space within the 256 dimensions, with noise around it, as the
-embeddings of pictures fill few of their dimensions. Queries are drawn alike. Recall is the share of the exact ten best
-that the approximate search finds.
+The embeddings are random: points of a random subspace of few dimensions, plus noise, because embeddings of real pictures also
+vary in few directions. Queries are drawn in the same way. Recall is the share of the true nearest neighbours that the
+approximate search finds.
 """
 
 import statistics
@@ -15,32 +15,33 @@ from pathlib import Path
 
 from measure import report, spread
 
-import index
-from config import parse_flags
-from storage import run_command
+from config import run_cli
+from search import index
+from utils.errors import run_command
 
 import numpy as np  # isort: skip
 import torch  # isort: skip
 
-INNER_DIMENSIONS, NOISE = 32, 0.3
+SUBSPACE_DIM = 32
+NOISE_STD = 0.3
 
 
 def draw(n, width, generator):
-    """n embeddings of length 1, (n, width)."""
-    basis = torch.randn(INNER_DIMENSIONS, width, generator=torch.Generator().manual_seed(0)) / INNER_DIMENSIONS**0.5
-    points = torch.randn(n, INNER_DIMENSIONS, generator=generator) @ basis
-    return torch.nn.functional.normalize(points + NOISE * torch.randn(n, width, generator=generator), dim=1)
+    """n random embeddings, (n, width), L2-normalised."""
+    basis = torch.randn(SUBSPACE_DIM, width, generator=torch.Generator().manual_seed(0)) / SUBSPACE_DIM**0.5
+    points = torch.randn(n, SUBSPACE_DIM, generator=generator) @ basis
+    return torch.nn.functional.normalize(points + NOISE_STD * torch.randn(n, width, generator=generator), dim=1)
 
 
 def measure(pictures: int = 1_000_000, width: int = 256, queries: int = 200, n: int = 10, json: str = ""):
-    """Times single queries, the exact and the approximate search in turns.
+    """Times single queries, with exact and approximate search in turns.
 
     Args:
         pictures: embeddings in the gallery
-        width: of the embeddings
-        queries: queries timed
-        n: matches asked for
-        json: file for the figures
+        width: dimensions of the embeddings
+        queries: timed queries
+        n: nearest neighbours per query
+        json: file for the results
     """
     import faiss
 
@@ -50,27 +51,25 @@ def measure(pictures: int = 1_000_000, width: int = 256, queries: int = 200, n: 
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         graph = index.open_graph(Path(folder) / "gallery.faiss", ids, gallery)
-        built = time.perf_counter() - started
+        build_seconds = time.perf_counter() - started
         started = time.perf_counter()
         graph = index.open_graph(Path(folder) / "gallery.faiss", ids, gallery)
-        read = time.perf_counter() - started
+        read_seconds = time.perf_counter() - started
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    milliseconds, found = {"exact": [], "approximate": []}, {"exact": [], "approximate": []}
+    milliseconds, matches = {"exact": [], "approximate": []}, {"exact": [], "approximate": []}
     for text in texts:
-        for side, searched in (("exact", gallery), ("approximate", graph)):
+        for name, searched in (("exact", gallery), ("approximate", graph)):
             started = time.perf_counter()
-            _, positions = index.nearest(searched, text, n)
-            milliseconds[side].append(1000 * (time.perf_counter() - started))
-            found[side].append(set(positions.tolist()))
-    recall = statistics.mean(len(a & e) / n for a, e in zip(found["approximate"], found["exact"]))
-    rows = [
-        ["exact", spread(milliseconds["exact"], 2), "100.0", "", ""],
-        ["approximate", spread(milliseconds["approximate"], 2), f"{100 * recall:.1f}", f"{built:.0f}", f"{read:.1f}"],
-    ]
+            _, positions = index.top_k(searched, text, n)
+            milliseconds[name].append(1000 * (time.perf_counter() - started))
+            matches[name].append(set(positions.tolist()))
+    recall = statistics.mean(len(a & e) / n for a, e in zip(matches["approximate"], matches["exact"]))
+    approximate = [spread(milliseconds["approximate"], 2), f"{100 * recall:.1f}", f"{build_seconds:.0f}", f"{read_seconds:.1f}"]
+    rows = [["exact", spread(milliseconds["exact"], 2), "100.0", "", ""], ["approximate", *approximate]]
     columns = ["search", "ms a query", f"recall of the {n} best, %", "s to build, all cores", "s to read"]
     report(f"{pictures:,} embeddings of width {width}, {queries} single queries", columns, rows, json)
 
 
 if __name__ == "__main__":
-    run_command(lambda: parse_flags(measure, "search.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "search.py", None, sys.argv[1:]))

@@ -14,6 +14,7 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
+import gradio
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,11 +23,11 @@ from conftest import ROOT
 from PIL import Image
 
 import app
-import inference
 from embedding import open_model
-from gallery import find_pictures, open_gallery
-from inference import embed_captions, files_to_search
-from storage import UserError
+from search import queries
+from search.gallery import find_pictures, open_gallery
+from search.queries import embed_captions, files_to_search
+from utils.errors import UserError
 
 SCREENSHOTS = ROOT / "screenshots"  # kept after the tests, to be looked at
 WAIT = 30_000  # ms
@@ -91,7 +92,7 @@ def wait_for_pictures(page, count):
 def test_words_find_pictures(page):
     page.get_by_label("Pictures that show").fill("a red circle")
     page.get_by_role("button", name="Search").click()
-    wait_for_pictures(page, app.SHOWN)
+    wait_for_pictures(page, app.NUM_SHOWN)
     page.screenshot(path=SCREENSHOTS / "words.png")
     page.get_by_label("Pictures that show").fill("a dog " * 2000)
     page.get_by_role("button", name="Search").click()
@@ -108,8 +109,8 @@ def drop(page, path):
 def test_a_picture_finds_its_captions_and_its_like(page, sample):
     page.get_by_role("tab", name="A picture").click()
     drop(page, sorted((sample / "Images").iterdir())[0])
-    wait_for_pictures(page, app.SHOWN)
-    assert page.locator("[role=tabpanel]:visible td:nth-child(2)").count() == inference.SHOWN_CAPTIONS
+    wait_for_pictures(page, app.NUM_SHOWN)
+    assert page.locator("[role=tabpanel]:visible td:nth-child(2)").count() == queries.NUM_CAPTIONS
     page.screenshot(path=SCREENSHOTS / "picture.png")
 
 
@@ -179,12 +180,12 @@ def test_an_uploaded_picture_is_answered_over_the_api(address, sample):
     assert endpoints(address) == {"find", "look", "decide"}
     for payload in ({"path": path}, {"path": path, "meta": META}):
         kind, said = ask(address, "look", [payload])
-        assert kind == "complete" and said.count(".png") + said.count(".webp") >= app.SHOWN
+        assert kind == "complete" and said.count(".png") + said.count(".webp") >= app.NUM_SHOWN
         kind, said = ask(address, "decide", [payload, "a red circle, a blue star"])
         assert kind == "complete" and "a blue star" in said
 
 
-def test_no_endpoint_reads_a_path_that_was_not_uploaded(address, sample, tmp_path):
+def test_no_endpoint_reads_a_path_that_was_not_uploaded(address, sample, tmp_path, monkeypatch):
     """A private picture, a text file, what does not exist: absolute, by .., by links, addresses and shares. All alike."""
     folder = Path(app.get_upload_folder())
     private = sorted((sample / "Images").iterdir())[0]
@@ -192,7 +193,13 @@ def test_no_endpoint_reads_a_path_that_was_not_uploaded(address, sample, tmp_pat
     link = uploaded.with_name("link.png")
     link.symlink_to(private)
     listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-    asked = []
+    asked, fetched = [], []
+
+    async def fetch(url, *_, **__):  # gradio itself refuses private addresses only
+        fetched.append(url)
+        raise OSError("no network")
+
+    monkeypatch.setattr(gradio.processing_utils, "async_ssrf_protected_download", fetch)
     listener.RequestHandlerClass.log_message = lambda handler, *_: asked.append(handler.path)
     threading.Thread(target=listener.serve_forever, daemon=True).start()
     paths = [
@@ -207,7 +214,7 @@ def test_no_endpoint_reads_a_path_that_was_not_uploaded(address, sample, tmp_pat
         assert len(answers) <= 2 and not any("passwd" in said or str(tmp_path) in said for _, said in answers), answers
     same = [ask(address, "look", [{"path": path}]) for path in ("/etc/passwd", "/etc/not-there", str(folder / "nothing.png"))]
     assert same[0] == same[1] == same[2]
-    assert asked == []
+    assert asked == [] and fetched == []
     for text in ({"path": str(private)}, {"path": str(private), "meta": META}, [1, 2], 5, True):
         assert "passwd" not in ask(address, "find", [text, text])[1]
     listener.shutdown()
@@ -249,7 +256,7 @@ def test_a_picture_that_was_deleted_meanwhile_is_left_out_of_the_answer(run, sam
     (tmp_path / "pictures" / name).unlink()
     kind, said = ask(f"http://127.0.0.1:{port}", "find", ["a red circle", ""])
     page.close()
-    assert kind == "complete" and name not in said and said.count('"caption"') == app.SHOWN - 1
+    assert kind == "complete" and name not in said and said.count('"caption"') == app.NUM_SHOWN - 1
 
 
 def test_uploads_and_results_do_not_pile_up(run, sample, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from captions import hashed_split, load_captions, training_images, write_splits
-from storage import UserError
+from utils.errors import UserError
 
 PAIRS = [(f"{i}.jpg", f"caption {j} of picture {i} , with a comma") for i in range(20) for j in range(1 + i % 3)]
 

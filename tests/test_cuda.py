@@ -15,16 +15,24 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 import clip
 import embedding
-import evaluate
-import explain
-import frozen
-import gradient_cache
-import inference
-import main
 from config import PRESETS, Config, parse_config
-from generator import NOISE, SIDE, Discriminator, Generator, discriminator_loss, draw_pictures, generator_loss
-from index import nearest
-from joint import Joint
+from encoders.stages import unfreeze_from
+from evaluation import retrieval
+from generation.joint import Joint
+from generation.networks import (
+    IMAGE_SIZE,
+    NOISE_DIM,
+    Discriminator,
+    Generator,
+    discriminator_loss,
+    draw_pictures,
+    generator_loss,
+)
+from search import occlusion, queries
+from search.index import top_k
+from training import feature_cache, gradient_cache
+from training.data import Split
+from utils.device import autocast
 
 CUDA = torch.device("cuda:0")
 N, K, LENGTH = 8, 2, 9  # images, captions each, tokens
@@ -82,7 +90,7 @@ def batch_of(model, count=N, captions=1):
 
 
 def on_gpu(batch):
-    return {name: None if value is None else value.to(CUDA) for name, value in batch.items()}
+    return {name: value.to(CUDA) for name, value in batch.items()}
 
 
 def assert_on_gpu(*tensors):
@@ -99,9 +107,9 @@ def test_a_plain_step(made, dtype, captions):
     with FakeTensorMode() as mode:
         model = to_fake(made, mode).train()
         batch = on_gpu(batch_of(model, captions=captions))
-        with main.autocast(CUDA, dtype):
-            logits, _ = model(*batch.values())
-        loss = main.loss_over_captions(logits.float())
+        with autocast(CUDA, dtype):
+            logits = model.logits(*model.features(batch))
+        loss = clip.loss_over_captions(logits.float())
         assert logits.shape == (N, captions * N) and logits.dtype == dtype
         assert loss.shape == () and loss.dtype == torch.float32
         assert_on_gpu(logits, loss)
@@ -119,7 +127,7 @@ def test_a_step_in_micro_batches(config, made, dtype, monkeypatch):
         batches = iter([batch_of(model, 4, K), batch_of(model, 4, K)] * 2)
         scaler = torch.amp.GradScaler("cuda", enabled=False)
         no_gradient = torch.zeros(K * N, width, device=CUDA)
-        monkeypatch.setattr(gradient_cache.distributed, "summed", lambda value: no_gradient if value is None else value)
+        monkeypatch.setattr(gradient_cache.distributed, "all_reduce_sum", lambda value: no_gradient if value is None else value)
         loss = gradient_cache.backward(model, batches, [1, 2], CUDA, dtype, scaler)
         assert_on_gpu(loss)
     assert backwards == {CUDA: 2 * K + 2 * 2}  # of two chunks of rows for each caption, and of both micro-batches' embeddings
@@ -128,14 +136,11 @@ def test_a_step_in_micro_batches(config, made, dtype, monkeypatch):
 def test_a_step_on_cached_features(made, dtype):
     with FakeTensorMode() as mode:
         model = to_fake(made, mode).train()
-        batch = {
-            "image": torch.zeros(N, model.image_encoder.width),
-            "text": torch.zeros(N, model.text_encoder.width),
-            "attention_mask": None,
-        }
-        with main.autocast(CUDA, dtype):
-            logits, _ = model(*on_gpu(batch).values())
-        assert_on_gpu(main.loss_over_captions(logits.float()))
+        widths = {"image_features": model.image_encoder.width, "text_features": model.text_encoder.width}
+        batch = {name: torch.zeros(N, width) for name, width in widths.items()}
+        with autocast(CUDA, dtype):
+            logits = model.logits(*model.features(on_gpu(batch)))
+        assert_on_gpu(clip.loss_over_captions(logits.float()))
 
 
 STAGES = {"shapes": "layer3", "gpt2": "layer3", "paper": "stages.2", "mixer": "blocks.2"}
@@ -143,23 +148,27 @@ STAGES = {"shapes": "layer3", "gpt2": "layer3", "paper": "stages.2", "mixer": "b
 
 def test_a_step_on_cached_activations_and_what_keeps_them(config, made, dtype, sample, tmp_path, monkeypatch):
     kept = []
-    monkeypatch.setattr(frozen, "cached_tensor", lambda path, shape, dtype, compute, _: kept.append(torch.cat(list(compute()))))
-    monkeypatch.setattr(frozen, "key_of_model", lambda encoder: "")
-    monkeypatch.setattr(frozen, "note_use", lambda *_: None)
+    monkeypatch.setattr(
+        feature_cache, "cached_tensor", lambda path, shape, dtype, compute, _: kept.append(torch.cat(list(compute())))
+    )
+    monkeypatch.setattr(feature_cache, "model_key", lambda encoder: "")
+    monkeypatch.setattr(feature_cache, "note_use", lambda *_: None)
     preset = next(name for name, of_preset in PRESETS.items() if of_preset.image_encoder == config.image_encoder)
-    made.image_encoder.train_from(STAGES[preset])
+    unfreeze_from(made.image_encoder, STAGES[preset])
     pictures = [np.zeros((made.image_encoder.size, made.image_encoder.size, 3), np.uint8)] * 3
-    pairs = main.Pairs(["a", "b", "c"], pictures, [], np.array([]), pictures, [])
+    split = Split(["a", "b", "c"], pictures, [], np.array([]), pictures, [])
     with FakeTensorMode() as mode:
         model = to_fake(made, mode).train()
         with pytest.raises(AttributeError):  # None has no unflatten: the tensor went to `kept`
-            frozen.kept_views(Config(cache_dir=str(tmp_path)), model.image_encoder, pairs, sample, 2, CUDA, dtype)
+            feature_cache.cache_image_features(
+                Config(cache_dir=str(tmp_path)), model.image_encoder, split, sample, 2, CUDA, dtype
+            )
         [activations] = kept
         assert activations.shape[0] == 6 and activations.dtype == dtype and activations.device.type == "cpu"
-        batch = batch_of(model, 6) | {"image": activations}
-        with main.autocast(CUDA, dtype):
-            logits, _ = model(*on_gpu(batch).values())
-        assert_on_gpu(main.loss_over_captions(logits.float()))
+        batch = batch_of(model, 6) | {"image_activations": activations}
+        with autocast(CUDA, dtype):
+            logits = model.logits(*model.features(on_gpu(batch)))
+        assert_on_gpu(clip.loss_over_captions(logits.float()))
 
 
 def test_scoring(made, dtype, values_of_nothing):
@@ -170,55 +179,59 @@ def test_scoring(made, dtype, values_of_nothing):
         I_f = embedding.image_features(model, pictures, CUDA, dtype, 3)
         T_f = embedding.text_features(model, [[1, 2, 3], [4, 5]], CUDA, dtype)
         assert (I_f.device.type, T_f.device.type) == ("cpu", "cpu") and I_f.dtype == T_f.dtype == torch.float32
-        similarity = evaluate.similarities(model, I_f, T_f, CUDA)
+        similarity = retrieval.similarities(model, I_f, T_f, CUDA)
         assert similarity.shape == (2, 3) and similarity.device.type == "cpu"
 
 
 def test_search_classes_and_heat_maps(made, dtype, values_of_nothing, monkeypatch):
     with FakeTensorMode() as mode:
         model = to_fake(made, mode)
-        query = inference.embed_texts(model, ["a red circle"])[0]
+        query = queries.embed_texts(model, ["a red circle"])[0]
         assert query.device.type == "cpu" and query.shape == (model.text_projection.projection.out_features,)
-        scores, order = nearest(torch.zeros(5, len(query)), query, 3)
+        scores, order = top_k(torch.zeros(5, len(query)), query, 3)
         assert scores.shape == order.shape == (3,)
         monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))
-        assert len(inference.classify_embedding(model, query, ["a", "b"])) == 2
+        assert len(queries.classify_embedding(model, query, ["a", "b"])) == 2
         size = model.image_encoder.size
         falls = []
-        monkeypatch.setattr(explain, "project", lambda *given: falls.append(embedding.project(*given)) or falls[0])
+        monkeypatch.setattr(
+            occlusion, "project_and_normalize", lambda *given: falls.append(embedding.project_and_normalize(*given)) or falls[0]
+        )
         monkeypatch.setattr(torch.Tensor, "numpy", lambda tensor: np.zeros(tensor.shape))
-        heat = explain.occlusion_map(model, np.zeros((size, size, 3), np.uint8), query, CUDA, dtype)
-        assert heat.shape == (size, size) and falls[0].shape == (explain.STEPS**2 + 1, len(query))
+        heat = occlusion.occlusion_map(model, np.zeros((size, size, 3), np.uint8), query, CUDA, dtype)
+        assert heat.shape == (size, size) and falls[0].shape == (occlusion.STEPS**2 + 1, len(query))
 
 
 def test_the_generators_losses(dtype, values_of_nothing):
     generator, discriminator = Generator(16), Discriminator(16)
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:  # the loss chooses by a mask, whose number of ones is not known
         to_fake(generator, mode), to_fake(discriminator, mode)
-        embeddings, real = torch.zeros(N, 16).to(CUDA), torch.zeros(N, 3, SIDE, SIDE).to(CUDA)
-        with main.autocast(CUDA, dtype):
-            fake = generator(torch.randn(N, NOISE).to(CUDA), embeddings)
+        embeddings, real = torch.zeros(N, 16).to(CUDA), torch.zeros(N, 3, IMAGE_SIZE, IMAGE_SIZE).to(CUDA)
+        with autocast(CUDA, dtype):
+            fake = generator(torch.randn(N, NOISE_DIM).to(CUDA), embeddings)
             losses = [
                 discriminator_loss(discriminator, real, fake, embeddings),
                 generator_loss(discriminator, fake, embeddings),
             ]
         assert_on_gpu(fake, *losses)
-        pictures = draw_pictures(generator, torch.randn(N, NOISE).to(CUDA), embeddings)
-        assert pictures.shape == (N, SIDE, SIDE, 3) and pictures.device.type == "cpu"
+        pictures = draw_pictures(generator, torch.randn(N, NOISE_DIM).to(CUDA), embeddings)
+        assert pictures.shape == (N, IMAGE_SIZE, IMAGE_SIZE, 3) and pictures.device.type == "cpu"
 
 
 def test_the_joint_step(config, made, dtype, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "backward", lambda loss: assert_on_gpu(loss))
-    monkeypatch.setattr("joint.gradient_penalty", lambda discriminator, real, embedding: assert_on_gpu(real, embedding) or 0.0)
+    monkeypatch.setattr(
+        "generation.joint.gradient_penalty", lambda discriminator, real, embedding: assert_on_gpu(real, embedding) or 0.0
+    )
     joint = Joint(config.projection_dim, 4, 1.0, torch.device("cpu"), dtype)
     joint.device = CUDA
     with FakeTensorMode(shape_env=ShapeEnv()) as mode:
         model = to_fake(made, mode).train()
         to_fake(joint.generator, mode), to_fake(joint.discriminator, mode)
         batch = on_gpu(batch_of(model))
-        image, adversarial = joint.replace(model, *batch.values(), torch.amp.GradScaler("cuda", enabled=False))
-        assert_on_gpu(image, adversarial)
-        assert image.shape == batch["image"].shape
-        with main.autocast(CUDA, dtype):
-            logits, _ = model(image, batch["text"], batch["attention_mask"])
-        assert_on_gpu(main.loss_over_captions(logits.float()) + adversarial)
+        mixed, adversarial = joint.insert_generated(model, batch, torch.amp.GradScaler("cuda", enabled=False))
+        assert_on_gpu(mixed["image"], adversarial)
+        assert mixed["image"].shape == batch["image"].shape
+        with autocast(CUDA, dtype):
+            logits = model.logits(*model.features(mixed))
+        assert_on_gpu(clip.loss_over_captions(logits.float()) + adversarial)

@@ -12,10 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-from captions import is_sided
-from dataset import CLIPDataset, PairSampler, center_crop, decode_images, pad, read_image, resize_image, train_loader
+from captions import mentions_left_or_right
+from dataset import CLIPDataset, PairSampler, pad
 from Datasets import shapes
-from storage import UserError, cached_tensor
+from training.data import batch_loader
+from utils.cache import cached_tensor
+from utils.errors import UserError
+from utils.images import center_crop, decode_images, read_image, resize_image
 
 
 def write_picture(path, height, width, seed=0):
@@ -98,7 +101,7 @@ def test_cache_holds_what_reading_gives_notices_changes_and_travels_to_workers(p
     assert (decode_images(pictures, 32, tmp_path / "cache")[0][0] == read_image(pictures[0], 32)).all()
 
 
-def test_a_truncated_cache_is_made_anew(pictures, tmp_path):
+def test_a_truncated_cache_is_made_again(pictures, tmp_path):
     images, _ = decode_images(pictures, 32, tmp_path / "cache")
     pixels = images.folder / "pixels.bin"
     expected = images[4].copy()
@@ -107,7 +110,7 @@ def test_a_truncated_cache_is_made_anew(pictures, tmp_path):
     assert (decode_images(pictures, 32, tmp_path / "cache")[0][4] == expected).all()
 
 
-def test_a_cache_of_other_pictures_is_made_anew(pictures, tmp_path):
+def test_a_cache_of_other_pictures_is_made_again(pictures, tmp_path):
     images, _ = decode_images(pictures, 32, tmp_path / "cache")
     others, _ = decode_images(pictures[:3], 32, tmp_path / "cache")
     folder = images.folder
@@ -117,7 +120,7 @@ def test_a_cache_of_other_pictures_is_made_anew(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["none", "truncated", "another shape", "another kind", "no array"])
-def test_a_cached_tensor_is_read_where_it_is_whole_and_made_anew_elsewhere(tmp_path, damage):
+def test_a_cached_tensor_is_read_where_it_is_whole_and_made_again_elsewhere(tmp_path, damage):
     path, expected, computed = tmp_path / "cache" / "a.npy", torch.randn(6, 4).bfloat16(), []
 
     def cached():
@@ -178,8 +181,8 @@ def test_an_image_comes_with_several_of_its_captions_side_by_side():
         seen |= set(drawn[0])
     assert seen == {0, 1, 2}
     views, texts = torch.arange(3.0).view(3, 1, 1), [[10 + i] for i in range(6)]
-    (loaded,) = train_loader(CLIPDataset(views, texts, 32), sampler, 0)
-    assert loaded["image"].flatten().tolist() == [image for image, _, _ in batch]
+    (loaded,) = batch_loader(CLIPDataset(views, texts, 32, image_key="image_features"), sampler, 0)
+    assert loaded["image_features"].flatten().tolist() == [image for image, _, _ in batch]
     assert loaded["text"].flatten().tolist() == [10 + caption for _, captions, _ in batch for caption in captions]
 
 
@@ -192,7 +195,7 @@ def test_an_epoch_is_the_same_again_and_with_workers(pictures, tmp_path):
     def epoch(number, workers):
         sampler = PairSampler(captions_of, 2, seed=0)
         sampler.epoch = number
-        return list(train_loader(dataset, sampler, 0, workers))
+        return list(batch_loader(dataset, sampler, 0, workers))
 
     first, again, other = epoch(3, 0), epoch(3, 2), epoch(4, 0)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(first, again) for name in a)
@@ -213,17 +216,17 @@ def test_micro_batches_are_the_batch_in_parts_twice():
 
 def test_one_of_the_cached_views_is_drawn():
     views = torch.arange(12.0).view(2, 3, 2)  # two images, three views, activations of shape (2,)
-    dataset = CLIPDataset(views, [[1]], size=32)
+    dataset = CLIPDataset(views, [[1]], size=32, image_key="image_activations")
     assert [dataset[(1, [0], seed)][0].tolist() for seed in (0, 1, 5)] == [[6.0, 7.0], [8.0, 9.0], [10.0, 11.0]]
 
 
 def test_half_of_the_crops_are_mirror_images_but_not_beside_left_and_right(pictures, tmp_path):
     images, _ = decode_images(pictures, 32, tmp_path / "cache")
     captions = ["a dog", "a man to the LEFT of a dog", "a rightward arrow", "a bright cleft"]
-    sided = [is_sided(caption) for caption in captions]
-    assert sided == [False, True, True, False]
+    no_flip = [mentions_left_or_right(caption) for caption in captions]
+    assert no_flip == [False, True, True, False]
     plain = CLIPDataset(images, [[1]] * 4, size=32, crop=0.6)
-    mirrored = CLIPDataset(images, [[1]] * 4, size=32, crop=0.6, sided=sided)
+    mirrored = CLIPDataset(images, [[1]] * 4, size=32, crop=0.6, no_flip=no_flip)
     for seed in range(4):
         crop = plain[(0, [0, 3], seed)][0]
         turned = crop[:, ::-1] if seed % 2 else crop
@@ -231,7 +234,7 @@ def test_half_of_the_crops_are_mirror_images_but_not_beside_left_and_right(pictu
         np.testing.assert_array_equal(mirrored[(0, [0, 3], seed)][0], turned)
         np.testing.assert_array_equal(mirrored[(0, [0, 1], seed)][0], crop)
     views = torch.arange(5.0).view(1, 5, 1)  # the second and the fourth are mirror images
-    kept = CLIPDataset(views, [[1]] * 4, size=32, sided=sided)
+    kept = CLIPDataset(views, [[1]] * 4, size=32, no_flip=no_flip, image_key="image_features")
     assert [kept[(0, [0], seed)][0].item() for seed in range(6)] == [0, 1, 2, 3, 4, 0]
     assert [kept[(0, [2], seed)][0].item() for seed in range(6)] == [0, 0, 2, 2, 4, 0]
 

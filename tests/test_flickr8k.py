@@ -7,7 +7,7 @@ import pytest
 
 import main
 from Datasets import flickr8k
-from storage import UserError
+from utils.errors import UserError
 
 
 def test_it_is_found_where_a_place_holds_data(tmp_path, monkeypatch):

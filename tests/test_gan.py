@@ -14,15 +14,16 @@ from torch import nn
 import clip
 import GAN
 import main
-import storage
 from captions import load_captions, load_generated
-from checkpoint import only_run_in
 from config import parse_config
-from dataset import PairSampler, read_image
-from device import autocast
-from generator import SIDE, discriminator_loss, generator_loss, gradient_penalty
-from joint import Joint
-from storage import UserError
+from dataset import PairSampler
+from generation.joint import Joint
+from generation.networks import IMAGE_SIZE, discriminator_loss, generator_loss, gradient_penalty
+from training.checkpoint import lock_run_dir
+from utils import files as storage
+from utils.device import autocast
+from utils.errors import UserError
+from utils.images import read_image
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,7 @@ def test_pictures_that_a_killed_process_left_half_written_stop_no_training(gan, 
     left = tmp_path / "gan" / f"pictures.{storage.HOST}-{process.pid}.tmp"
     (left / "Images").mkdir(parents=True)
     (left / "Images" / "generated-000000.png").write_bytes(b"half")
-    with only_run_in(tmp_path / "gan"):
+    with lock_run_dir(tmp_path / "gan"):
         GAN.train(*GAN.parse_config([*flags, "--run-dir", str(tmp_path / "gan"), "--epochs", "1"]))
     assert not left.exists() and (tmp_path / "gan" / "generator.safetensors").exists()
 
@@ -133,7 +134,7 @@ def test_generated_pairs_carry_training_captions_only(pairs, sample, run):
     assert len(rows) == len({row["image"] for row in rows}) == 60
     assert {row["caption"] for row in rows} <= set(table.loc[table["split"] == "train", "caption"])
     assert {path.name for path in (pairs / "Images").iterdir()} == {row["image"] for row in rows}
-    assert read_image(pairs / "Images" / rows[0]["image"], SIDE).shape == (SIDE, SIDE, 3)
+    assert read_image(pairs / "Images" / rows[0]["image"], IMAGE_SIZE).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
 def test_a_batch_has_its_share_of_generated_pictures_and_none_beside_its_own_caption():
@@ -153,15 +154,15 @@ def test_a_batch_has_its_share_of_generated_pictures_and_none_beside_its_own_cap
 
 def test_too_few_generated_pictures_are_refused():
     captions_of = [np.array([i]) for i in range(12)]
-    with pytest.raises(UserError, match="only 0 of its 4 pictures go beside 4 real ones"):
+    with pytest.raises(UserError, match="other captions than its 4 real ones, but only 0 of 4 fit"):
         list(PairSampler(captions_of, 6, seed=0, sources=[set(range(8))] * 4, generated=2))
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch_size": 16}, {"freeze": "both"}])
 def test_generated_pairs_train_and_never_reach_validation(small_flags, pairs, sample, tmp_path, capsys, monkeypatch, options):
     seen = []
-    read_pairs = main.read_pairs
-    monkeypatch.setattr(main, "read_pairs", lambda *given: seen.append(read_pairs(*given)) or seen[0])
+    load_splits = main.load_splits
+    monkeypatch.setattr(main, "load_splits", lambda *given: seen.append(load_splits(*given)) or seen[0])
     main.train(parse_config(small_flags(extra_data=pairs, **options), "shapes")[0])
     assert "of the train images 60 are generated, 8 in each batch of 32" in capsys.readouterr().out
     splits, _ = seen[0]
@@ -188,7 +189,10 @@ def test_each_term_moves_what_it_should(run, sample):
     def moved(module):
         return any(parameter.grad is not None and parameter.grad.abs().sum() > 0 for parameter in module.parameters())
 
-    mixed, adversarial = joint.replace(model, image, text, None, scaler)
+    text = text[:, :12]
+    batch = {"image": image, "text": text, "attention_mask": (text != model.tokenizer.padding["pad_id"]).long()}
+    mixed, adversarial = joint.insert_generated(model, batch, scaler)
+    mixed = mixed["image"]
     assert not moved(model) and not moved(joint.generator)
     assert any(not torch.equal(before[name], value) for name, value in joint.discriminator.state_dict().items())
     assert torch.equal(mixed[:8], image[:8].float()) and not torch.equal(mixed[8:], image[8:].float())
@@ -209,12 +213,12 @@ def test_joint_training_leaves_a_grid_and_a_run_that_loads(small_flags, tmp_path
     clip.load(tmp_path / "run", "cpu")
 
 
-def test_another_text_tower_is_refused(gan, small_flags, tmp_path):
+def test_another_text_encoder_is_refused(gan, small_flags, tmp_path):
     main.train(parse_config(small_flags("other", epochs=1), "shapes")[0])
     flags = ["shapes", "--run-dir", str(gan[0]), "--run", str(tmp_path / "other")]
-    with pytest.raises(UserError, match="trained with another text tower than that of .*other"):
+    with pytest.raises(UserError, match="trained with another text encoder than that of .*other"):
         GAN.write_pairs(*GAN.parse_config([*flags, "--generate", "3"]))
-    with pytest.raises(UserError, match="trained with another text tower than that of .*other"):
+    with pytest.raises(UserError, match="trained with another text encoder than that of .*other"):
         GAN.train(*GAN.parse_config([*flags, "--resume", "--epochs", "3"]))
 
 

@@ -11,11 +11,11 @@ from conftest import run_script
 from PIL import Image
 
 import clip
-import gallery
 import inference
 from captions import load_captions
-from explain import occlusion_map
-from storage import UserError
+from search import gallery, queries
+from search.occlusion import occlusion_map
+from utils.errors import UserError
 
 
 def test_retrieval_scores_what_training_scored(run, tmp_path):
@@ -100,11 +100,11 @@ def test_find_matches_ranks_by_cosine_and_gives_what_there_is(run):
 
 
 def search(*flags):
-    inference.parse_flags(inference.search, "inference.py", None, list(map(str, flags)))
+    inference.run_cli(inference.search, "inference.py", None, list(map(str, flags)))
 
 
 def test_large_galleries_are_searched_through_a_graph_that_stays(run, sample, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gallery, "FROM", 100)  # the sample has 144 pictures
+    monkeypatch.setattr(gallery, "HNSW_MIN_SIZE", 100)  # the sample has 144 pictures
 
     def matches(*more):
         flags = ["a red circle", "--run", run, "--images", sample, "--cache-dir", tmp_path, "--output", tmp_path / "m.png"]
@@ -122,15 +122,15 @@ def test_large_galleries_are_searched_through_a_graph_that_stays(run, sample, tm
 
 def test_several_texts_are_added_and_taken_away(run):
     model, _ = clip.load(run, device="cpu")
-    a, b, c = inference.embed_texts(model, ["a red circle", "a star", "a large ring"])
+    a, b, c = queries.embed_texts(model, ["a red circle", "a star", "a large ring"])
     expected = torch.nn.functional.normalize(2 * a + 0.5 * b - 3 * c, dim=0)
-    found = inference.embed_query(model, ["a red circle", "a star"], ["a large ring"], [2, 0.5, 3])
+    found = queries.embed_query(model, ["a red circle", "a star"], ["a large ring"], [2, 0.5, 3])
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(inference.embed_query(model, ["a star"]), b)
+    torch.testing.assert_close(queries.embed_query(model, ["a star"]), b)
     with pytest.raises(UserError, match="cancel out"):
-        inference.embed_query(model, ["a star"], ["a star"])
+        queries.embed_query(model, ["a star"], ["a star"])
     with pytest.raises(UserError, match="--weights: 1 numbers for 1 texts and 1"):
-        inference.embed_query(model, ["a star"], ["a ring"], [1])
+        queries.embed_query(model, ["a star"], ["a ring"], [1])
 
 
 def test_a_picture_finds_itself_its_captions_and_its_class(run, sample, tmp_path, capsys):
@@ -159,7 +159,7 @@ def test_where_the_data_set_is_gone_a_picture_has_no_captions_and_is_still_searc
     def gone(run):
         raise UserError("DATA: not there")
 
-    monkeypatch.setattr(inference, "read_data", gone)
+    monkeypatch.setattr(queries, "read_data", gone)
     picture = sorted((sample / "Images").iterdir())[0]
     search(
         "--image",
@@ -232,7 +232,7 @@ def test_bad_searches_are_named(run, tmp_path, monkeypatch, capsys, problem):
     places = {"RUN": str(run), "EMPTY": str(tmp_path)}
     flags = [places.get(argument, argument) for argument in arguments]
     with pytest.raises(UserError, match=expected):
-        inference.parse_flags(inference.search, "inference.py", None, flags)
+        inference.run_cli(inference.search, "inference.py", None, flags)
     assert list(tmp_path.iterdir()) == []
 
 

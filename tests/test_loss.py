@@ -59,15 +59,24 @@ def test_an_images_own_captions_are_no_wrong_answers():
     assert loss_over_captions(torch.tensor(logits)).item() == pytest.approx(expected, abs=1e-12)
 
 
-class Tower(nn.Module):
+class Encoder(nn.Module):
+    """Passes its input on."""
+
     width = 6
 
+    def forward(self, x, mask=None):
+        return x.flatten(1)
 
-def test_forward_is_scaled_cosines_and_takes_features():
+
+def test_logits_are_scaled_cosines_of_features_however_they_are_given():
     torch.manual_seed(0)
-    model = CLIPModel(Tower(), Tower(), None, projection_dim=4).eval()
+    model = CLIPModel(Encoder(), Encoder(), None, projection_dim=4).eval()
     images, texts = torch.randn(3, 6), torch.randn(3, 6)
-    per_image, per_text = model(images, texts)
+    per_image = model.logits(*model.features({"image_features": images, "text_features": texts}))
+    pixels, ids, mask = images.view(3, 6, 1, 1), texts, torch.ones(3, 6)
+    assert torch.equal(per_image, model.logits(*model.features({"image": pixels, "text": ids, "attention_mask": mask})))
+    forward, per_text = model(pixels, ids, mask)
+    assert torch.equal(forward, per_image)
     W_i, W_t = model.image_projection.projection.weight, model.text_projection.projection.weight
     for i in range(3):
         for j in range(3):
@@ -97,7 +106,7 @@ def test_two_layer_head_is_the_residual_one_of_the_teaching_scripts():
 def test_standardised_features_have_mean_0_and_deviation_1():
     features = torch.randn(50, 6) * torch.tensor([1, 5, 10, 0.5, 2, 1]) + 7
     head = ProjectionHead(6, 4)
-    head.standardise(features)
+    head.standardize(features)
     scaled = (features - head.mean) / head.std
     torch.testing.assert_close(scaled.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.std(0), torch.ones(6))

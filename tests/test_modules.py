@@ -1,4 +1,4 @@
-"""Towers: pixels, pooling, weights, tokenizers."""
+"""Encoders: pixels, pooling, weights, tokenizers."""
 
 import json
 
@@ -11,32 +11,34 @@ import transformers
 from timm.layers import DropPath
 
 from config import Config
+from encoders.build import load_pretrained, random_text_config
+from encoders.stages import run_from_stage, run_trunk, unfreeze_from
+from encoders.tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
 from modules import BUCKET, ImageEncoder, ProjectionHead, TextEncoder
-from storage import UserError, key_of_model
-from tokenizer import pretrained_tokenizer, tokenize, train_tokenizer
-from towers import load_pretrained, random_text_tower
+from utils.cache import model_key
+from utils.errors import UserError
 
 CAPTIONS = ["a red circle is left of a blue square", "two dogs run over the grass", "a dog jumps"]
 
 
 def text_encoder(model_type, pooling="auto", layers=1):
     torch.manual_seed(0)
-    config = random_text_tower(model_type, width=32, layers=2, heads=4, vocab_size=60, max_length=16)
+    config = random_text_config(model_type, width=32, layers=2, heads=4, vocab_size=60, max_length=16)
     return TextEncoder(transformers.AutoModel.from_config(config), pooling, layers).eval()
 
 
 def test_pixels_are_normalised_as_timm_says():
     torch.manual_seed(0)
     encoder = ImageEncoder("tf_efficientnet_lite0").eval()
-    data = timm.data.resolve_model_data_config(encoder.tower)
+    data = timm.data.resolve_model_data_config(encoder.backbone)
     assert data["mean"] == (0.5, 0.5, 0.5) and encoder.size == 224  # not ImageNet's mean
     image = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    expected = encoder.tower((image / 255 - 0.5) / 0.5)
+    expected = encoder.backbone((image / 255 - 0.5) / 0.5)
     torch.testing.assert_close(encoder(image), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit", "test_efficientnet", "test_convnext"])
-def test_any_timm_tower_gives_features_of_its_width_at_another_size(name):
+def test_any_timm_encoder_gives_features_of_its_width_at_another_size(name):
     encoder = ImageEncoder(name, size=96).eval()
     assert encoder(torch.zeros(2, 3, 96, 96)).shape == (2, encoder.width)
 
@@ -50,14 +52,14 @@ def test_stages_add_their_means_to_the_features(name, stages, indices):
     image = torch.randint(256, (3, 3, 96, 96), dtype=torch.uint8)
     options = {"output_fmt": "NLC", "return_prefix_tokens": True} if name == "test_vit" else {}
     pixels = (image - encoder.mean) / encoder.std
-    last, outputs = encoder.tower.forward_intermediates(pixels, indices=indices, **options)
+    last, outputs = encoder.backbone.forward_intermediates(pixels, indices=indices, **options)
     outputs = [torch.cat(output, 1).mT if options else output.flatten(2) for output in outputs]  # (n, channels, places)
-    expected = torch.cat([encoder.tower.forward_head(last), *(output.mean(2) for output in outputs)], 1)
-    assert encoder.width == expected.shape[1] > encoder.tower.num_features
+    expected = torch.cat([encoder.backbone.forward_head(last), *(output.mean(2) for output in outputs)], 1)
+    assert encoder.width == expected.shape[1] > encoder.backbone.num_features
     torch.testing.assert_close(encoder(image), expected, atol=1e-5, rtol=1e-5)
-    encoder.train_from(stages.split()[0])
-    torch.testing.assert_close(encoder(encoder.trunk(image)), expected, atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="no layer9; there are .*" + stages.split()[0]):
+    unfreeze_from(encoder, stages.split()[0])
+    torch.testing.assert_close(run_from_stage(encoder, run_trunk(encoder, image)), expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(UserError, match="no stage layer9; there are .*" + stages.split()[0]):
         ImageEncoder(name, size=96, feature_stages=("layer9",))
 
 
@@ -65,7 +67,7 @@ def test_stages_add_their_means_to_the_features(name, stages, indices):
 def test_stochastic_depth_skips_its_share_of_the_last_layer_s_branches(name):
     sizes = (8, 32, 4, 4) if not name.startswith("test") else None
     encoder = ImageEncoder(name, size=64, sizes=sizes, drop_path=0.4)
-    *_, branch = [module for module in encoder.tower.modules() if isinstance(module, DropPath)]
+    *_, branch = [module for module in encoder.backbone.modules() if isinstance(module, DropPath)]
     seen = []
     branch.register_forward_hook(lambda module, inputs, output: seen.append((inputs[0].clone(), output.clone())))
     torch.manual_seed(0)
@@ -80,39 +82,39 @@ def test_stochastic_depth_skips_its_share_of_the_last_layer_s_branches(name):
     torch.testing.assert_close(encoder.eval()(image[:4]), plain(image[:4]))
 
 
-def test_stochastic_depth_of_a_tower_without_residual_branches_is_refused():
+def test_stochastic_depth_of_a_encoder_without_residual_branches_is_refused():
     with pytest.raises(UserError, match="--image-drop-path 0.1: vgg11 cannot skip its layers"):
         ImageEncoder("vgg11", drop_path=0.1)
 
 
 def test_feature_stages_that_give_no_map_or_lie_below_the_cut_are_refused():
-    with pytest.raises(UserError, match="--image-feature-stages stages.1,head: not all give a map"):
+    with pytest.raises(UserError, match="--image-feature-stages stages.1,head: not all give a feature map"):
         ImageEncoder("test_convnext", size=96, feature_stages=("stages.1", "head"))
-    with pytest.raises(UserError, match="--train-image-from layer3 --image-feature-stages layer1: .* cannot be cut there"):
-        ImageEncoder("test_resnet", size=64, feature_stages=("layer1",)).train_from("layer3")
+    with pytest.raises(UserError, match="--image-unfreeze-from layer3 --image-feature-stages layer1: .* cannot be cut there"):
+        unfreeze_from(ImageEncoder("test_resnet", size=64, feature_stages=("layer1",)), "layer3")
 
 
 @pytest.mark.parametrize("model_type", ["distilbert", "gpt2", "mixer"])
-def test_the_last_layers_of_a_text_tower_stand_side_by_side(model_type):
+def test_the_last_layers_of_a_text_encoder_stand_side_by_side(model_type):
     encoder, one = text_encoder(model_type, "mean", layers=2), text_encoder(model_type, "mean")
     input_ids = torch.tensor([[5, 6, 7], [8, 9, 0]])
     mask = (input_ids > 0).long()
-    before_last = encoder.tower(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
+    before_last = encoder.backbone(input_ids=input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[1]
     by_hand = torch.stack([before_last[0].mean(0), before_last[1, :2].mean(0)])
     assert encoder.width == 64
     torch.testing.assert_close(encoder(input_ids, mask), torch.cat([one(input_ids, mask), by_hand], 1))
-    with pytest.raises(UserError, match="--text-feature-layers 3: this tower has 2"):
+    with pytest.raises(UserError, match="--text-feature-layers 3: this encoder has 2"):
         text_encoder(model_type, layers=3)
 
 
 @pytest.mark.parametrize("kind", ["vit", "mixer", "modified_resnet"])
-def test_sized_towers_have_the_size_asked_for(kind):
+def test_sized_encoders_have_the_size_asked_for(kind):
     encoder = ImageEncoder(kind, size=32, sizes=(8, 32, 2, 2)).eval()
     assert encoder(torch.zeros(2, 3, 32, 32)).shape == (2, encoder.width)
     assert encoder.width == (32 * 32 if kind == "modified_resnet" else 32)
     assert encoder.attention_pool == (kind == "modified_resnet")
     blocks = [name for name, _ in encoder.named_modules() if name.count(".") == (3 if kind == "modified_resnet" else 2)]
-    expected = {"vit": "tower.blocks.1", "mixer": "tower.blocks.1", "modified_resnet": "tower.stages.3.1"}[kind]
+    expected = {"vit": "backbone.blocks.1", "mixer": "backbone.blocks.1", "modified_resnet": "backbone.stages.3.1"}[kind]
     assert expected in blocks and expected[:-1] + "2" not in blocks
     if kind != "modified_resnet":
         with pytest.raises(UserError, match="--patch-size 7: does not divide --size 32"):
@@ -167,7 +169,7 @@ def test_padding_does_not_leak_into_features(model_type, pooling):
 
 
 def test_pooling_by_hand():
-    hidden = text_encoder("distilbert").tower(torch.tensor([[5, 6, 7]])).last_hidden_state[0]
+    hidden = text_encoder("distilbert").backbone(torch.tensor([[5, 6, 7]])).last_hidden_state[0]
     for pooling, expected in {"first": hidden[0], "last": hidden[2], "mean": hidden.mean(0)}.items():
         features = text_encoder("distilbert", pooling)(torch.tensor([[5, 6, 7, 0]]), torch.tensor([[1, 1, 1, 0]]))
         torch.testing.assert_close(features[0], expected, atol=1e-5, rtol=1e-5)
@@ -175,19 +177,19 @@ def test_pooling_by_hand():
 
 def test_a_text_mixer_is_the_mixer_of_the_whole_context_by_hand():
     encoder = text_encoder("mixer")
-    tower, layer = encoder.tower, encoder.tower.layers[0]
+    mixer, layer = encoder.backbone, encoder.backbone.layers[0]
     torch.nn.init.normal_(layer.token_in.bias)
     torch.nn.init.normal_(layer.token_out.bias)
     input_ids = torch.tensor([[5, 6, 7]])
     x = torch.randn(16, 32)  # what stands behind the third token must not matter
-    x[:3] = tower.token_embedding(input_ids)[0]
+    x[:3] = mixer.token_embedding(input_ids)[0]
     real = torch.zeros(16, 1)
     real[:3] = 1
-    for layer in tower.layers:
+    for layer in mixer.layers:
         y = layer.token_norm(x) * real
         x = x + layer.token_out(F.gelu(layer.token_in(y.T))).T
         x = x + layer.channel_out(F.gelu(layer.channel_in(layer.channel_norm(x))))
-    torch.testing.assert_close(encoder(input_ids, torch.ones_like(input_ids))[0], tower.norm(x)[:3].mean(0))
+    torch.testing.assert_close(encoder(input_ids, torch.ones_like(input_ids))[0], mixer.norm(x)[:3].mean(0))
 
 
 def test_a_text_mixer_knows_where_a_token_stands():
@@ -197,7 +199,7 @@ def test_a_text_mixer_knows_where_a_token_stands():
     assert (one - other).abs().max() > 1e-3
 
 
-def test_a_causal_tower_pooled_at_its_first_token_sees_one_word():
+def test_a_causal_encoder_pooled_at_its_first_token_sees_one_word():
     a, b = torch.tensor([[5, 6, 7]]), torch.tensor([[5, 8, 9]])
     mask = torch.ones_like(a)
     first, last = text_encoder("gpt2", "first"), text_encoder("gpt2")
@@ -218,7 +220,7 @@ def test_a_pretrained_folder_loads_with_its_tokenizer(tmp_path):
     tokenizer = train_tokenizer(CAPTIONS, vocab_size=80, max_length=16)
     whole = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
     whole.save_pretrained(tmp_path)
-    config = random_text_tower("distilbert", 32, 1, 4, tokenizer.get_vocab_size(), 16)
+    config = random_text_config("distilbert", 32, 1, 4, tokenizer.get_vocab_size(), 16)
     transformers.AutoModel.from_config(config).save_pretrained(tmp_path)
     loaded = pretrained_tokenizer(str(tmp_path), max_length=16)
     assert tokenize(loaded, CAPTIONS)[0].tolist() == tokenize(tokenizer, CAPTIONS)[0].tolist()
@@ -228,7 +230,7 @@ def test_a_pretrained_folder_loads_with_its_tokenizer(tmp_path):
         pretrained_tokenizer(str(tmp_path), max_length=16)
 
 
-def test_text_encoders_that_cannot_be_had_are_named(tmp_path):
+def test_text_encoders_that_are_not_available_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.*local folder"):
         pretrained_tokenizer("nowhere/at-all", max_length=16)
     with pytest.raises(UserError, match="clip, mixer, distilbert, bert, gpt2"):
@@ -242,23 +244,23 @@ def test_text_encoders_that_cannot_be_had_are_named(tmp_path):
 @pytest.mark.parametrize(
     "name, stage", [("test_resnet", "layer3"), ("test_vit", "blocks.3"), ("test_efficientnet", "blocks.2")]
 )
-def test_a_tower_goes_on_from_what_its_trunk_gave(name, stage):
+def test_a_encoder_goes_on_from_what_its_trunk_gave(name, stage):
     torch.manual_seed(0)
     encoder = ImageEncoder(name, size=64)
-    encoder.train_from(stage)
+    unfreeze_from(encoder, stage)
     image = torch.randint(0, 256, (5, 3, 64, 64), dtype=torch.uint8)
     whole = encoder.eval()(image)
-    activations = encoder.trunk(image)
-    torch.testing.assert_close(encoder(activations), whole, atol=1e-5, rtol=1e-5)
-    encoder(activations).sum().backward()
+    activations = run_trunk(encoder, image)
+    torch.testing.assert_close(run_from_stage(encoder, activations), whole, atol=1e-5, rtol=1e-5)
+    run_from_stage(encoder, activations).sum().backward()
     trained = {name for name, parameter in encoder.named_parameters() if parameter.requires_grad}
     with_gradient = {name for name, parameter in encoder.named_parameters() if parameter.grad is not None}
-    assert trained == with_gradient and f"tower.{stage}" in {name[: len(f"tower.{stage}")] for name in trained}
+    assert trained == with_gradient and f"backbone.{stage}" in {name[: len(f"backbone.{stage}")] for name in trained}
     below = [name for name, _ in encoder.named_parameters() if name not in trained]
     assert below and all(stage not in name for name in below)
 
 
-def test_a_tower_with_a_stage_that_more_than_its_input_leads_to_is_refused():
+def test_a_encoder_with_a_stage_that_more_than_its_input_leads_to_is_refused():
     class Skips(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -269,17 +271,17 @@ def test_a_tower_with_a_stage_that_more_than_its_input_leads_to_is_refused():
             return (x + self.second(x)).mean(dim=(2, 3))
 
     encoder = ImageEncoder("test_resnet", size=64)
-    encoder.tower = Skips()
+    encoder.backbone = Skips()
     with pytest.raises(UserError, match="cannot be cut there"):
-        encoder.train_from("second")
+        unfreeze_from(encoder, "second")
 
 
 def test_a_stage_behind_the_pooling_is_refused():
     encoder = ImageEncoder("test_resnet", size=64)
     pool = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
-    encoder.tower = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), pool, torch.nn.Linear(8, 8))
+    encoder.backbone = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, stride=2), pool, torch.nn.Linear(8, 8))
     with pytest.raises(UserError, match="cannot be cut there"):
-        encoder.train_from("2")  # it takes vectors, which the model would take for features
+        unfreeze_from(encoder, "2")  # it takes vectors, which the model would take for features
 
 
 def test_captions_in_buckets_give_the_same_features():
@@ -293,7 +295,7 @@ def test_captions_in_buckets_give_the_same_features():
 def test_a_feature_that_hardly_varies_is_not_blown_up():
     head = ProjectionHead(3, 2)
     features = torch.tensor([[1.0, 5.0, -2.0], [3.0, 5.0, 2.0]])
-    head.standardise(features)
+    head.standardize(features)
     assert head.mean.tolist() == [2.0, 5.0, 0.0]
     deviations = [2**0.5, 0.0, 8**0.5]
     assert head.std.tolist() == pytest.approx([deviations[0], sum(deviations) / 30, deviations[2]])
@@ -302,18 +304,18 @@ def test_a_feature_that_hardly_varies_is_not_blown_up():
 def test_defaults_are_the_families_own():
     config = Config()
     assert (config.image_encoder, config.text_encoder) == ("resnet50", "distilbert-base-uncased")
-    tower = random_text_tower("distilbert", config.text_width, config.text_layers, config.text_heads, 30522, 512)
-    assert tower.to_dict() == transformers.DistilBertConfig().to_dict()
+    encoder = random_text_config("distilbert", config.text_width, config.text_layers, config.text_heads, 30522, 512)
+    assert encoder.to_dict() == transformers.DistilBertConfig().to_dict()
 
 
-def test_a_tower_that_normalises_otherwise_has_another_cache_key():
+def test_a_encoder_that_normalises_otherwise_has_another_cache_key():
     encoder = ImageEncoder("test_resnet")
-    before = key_of_model(encoder)
+    before = model_key(encoder)
     encoder.mean += 1
-    assert key_of_model(encoder) != before
+    assert model_key(encoder) != before
 
 
-def test_a_pretrained_tower_keeps_its_batchnorm_statistics(tmp_path):
+def test_a_pretrained_encoder_keeps_its_batchnorm_statistics(tmp_path):
     safetensors.torch.save_file(timm.create_model("test_resnet").state_dict(), tmp_path / "weights.safetensors")
     for weights, moves in ((str(tmp_path / "weights.safetensors"), False), ("random", True)):
         encoder = ImageEncoder("test_resnet", weights).train()

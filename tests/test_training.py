@@ -1,4 +1,4 @@
-"""Training end to end: run folders, resuming, frozen towers, rates, and the errors of a run."""
+"""Training end to end: run folders, resuming, frozen encoders, rates, and the errors of a run."""
 
 import json
 import math
@@ -13,14 +13,16 @@ import torch
 from conftest import run_script
 
 import clip
-import frozen
 import GAN
 import inference
 import main
-import storage
-from config import PRESETS, Config, parse_config
+from captions import load_captions
+from config import PRESETS, Config, heads_config, parse_config
 from modules import ImageEncoder
-from storage import UserError, key_of_model
+from training import feature_cache, optimization, report, steps
+from utils import cache
+from utils.cache import model_key
+from utils.errors import UserError
 
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png",
@@ -102,7 +104,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkey
     whole, halves = (torch.load(tmp_path / run / "last.pt", weights_only=True) for run in ("whole", "halves"))
     assert_equal_weights(whole["model"], halves["model"])
     assert_equal_weights(weights(tmp_path / "whole"), weights(tmp_path / "halves"))
-    columns = ["epoch", "loss", "rsum", "rate_factor"]
+    columns = ["epoch", "loss", "rsum", "lr_scale"]
     assert [[row[c] for c in columns] for row in whole["history"]] == [[row[c] for c in columns] for row in halves["history"]]
 
 
@@ -127,7 +129,7 @@ def test_a_resumed_run_takes_the_rates_that_it_is_given(small_flags, tmp_path):
     train(small_flags(epochs=2, resume="yes", weight_decay=0.1, **low))
     assert 0 < largest_step(before, saved_weights(tmp_path / "run")) < 1e-6
     groups = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["optimizer"]["param_groups"]
-    assert {group["peak"] for group in groups} == {1e-9} and {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    assert {group["base_lr"] for group in groups} == {1e-9} and {group["weight_decay"] for group in groups} == {0.0, 0.1}
     saved = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
     assert [saved[name] for name in RATES] == [1e-9] * 3 and (saved["epochs"], saved["weight_decay"]) == (2, 0.1)
 
@@ -155,29 +157,29 @@ def test_a_resumed_run_keeps_what_makes_its_model(small_flags, tmp_path, changed
     train(small_flags(epochs=1))
     before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
     [name] = changed
-    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* was begun with .*leave the flag out"):
+    with pytest.raises(UserError, match=f"--{name.replace('_', '-')} .* was started with .*leave the flag out"):
         train(small_flags(epochs=2, resume="yes", **changed))
     assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
 
 
 def test_a_resumed_run_with_other_frozen_weights_is_refused_and_with_moved_ones_is_not(small_flags, tmp_path):
     train(small_flags("source", epochs=1))
-    tower = clip.load(tmp_path / "source", device="cpu")[0].image_encoder.tower.state_dict()
-    safetensors.torch.save_file(tower, tmp_path / "a.safetensors")
+    encoder = clip.load(tmp_path / "source", device="cpu")[0].image_encoder.backbone.state_dict()
+    safetensors.torch.save_file(encoder, tmp_path / "a.safetensors")
     options = {"freeze": "image", "epochs": 1, "image_weights": tmp_path / "a.safetensors"}
     train(small_flags(**options))
     (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
     options |= {"epochs": 2, "resume": "yes", "image_weights": tmp_path / "b.safetensors"}
     train(small_flags(**options))
-    safetensors.torch.save_file({name: value * 2 for name, value in tower.items()}, tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match="was begun with other frozen weights"):
+    safetensors.torch.save_file({name: value * 2 for name, value in encoder.items()}, tmp_path / "b.safetensors")
+    with pytest.raises(UserError, match="was started with other frozen weights"):
         train(small_flags(**options | {"epochs": 3}))
 
 
 def test_a_text_encoder_in_half_precision_comes_back_as_it_was_trained(small_flags, tmp_path, sample):
     train(small_flags("source", epochs=1))
     source, _ = clip.load(tmp_path / "source", device="cpu")
-    source.text_encoder.tower.to(torch.bfloat16).save_pretrained(tmp_path / "text")
+    source.text_encoder.backbone.to(torch.bfloat16).save_pretrained(tmp_path / "text")
     shutil.copy(tmp_path / "source" / "tokenizer.json", tmp_path / "text")
     flags = small_flags(text_encoder=tmp_path / "text", epochs=1, freeze="text", precision="fp32")
     model = train(flags, "--text-weights", "pretrained").eval()
@@ -205,16 +207,16 @@ def test_in_fp16_a_step_whose_gradient_is_not_finite_is_left_out_and_only_a_run_
 ):
     train_epoch, overflowing = main.train_epoch, [2]
 
-    def poisoned(model, *rest):
-        half_overflowing(model, overflowing[0])
-        return train_epoch(model, *rest)
+    def poisoned(state, *rest):
+        half_overflowing(state.model, overflowing[0])
+        return train_epoch(state, *rest)
 
     monkeypatch.setattr(main, "train_epoch", poisoned)
     train(small_flags(epochs=1, precision="fp16"))
-    assert list(pd.read_csv(tmp_path / "run" / "history.csv")["steps_left_out"]) == [2]  # of three
+    assert list(pd.read_csv(tmp_path / "run" / "history.csv")["skipped_steps"]) == [2]  # of three
     assert pd.read_csv(tmp_path / "run" / "history.csv")["loss"].notna().all()
     overflowing[0] = 10**6
-    with pytest.raises(UserError, match="in fp16 the gradient of one step after the other is not finite"):
+    with pytest.raises(UserError, match="in fp16 the gradient of too many steps in a row is not finite"):
         train(small_flags(epochs=20, precision="fp16", resume="yes"))
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
@@ -224,7 +226,7 @@ def test_two_encoders_with_the_same_weights_share_no_cached_features(small_flags
         torch.manual_seed(0)
         config, _ = parse_config(small_flags(**options), "shapes")
         model = clip.create_model(config, ["a red circle"])
-        return key_of_model(model.image_encoder), key_of_model(model.text_encoder)
+        return model_key(model.image_encoder), model_key(model.text_encoder)
 
     vit = {"image_encoder": "vit", "image_width": 64, "image_layers": 1, "patch_size": 16, "size": 32}
     (two_heads, text), (four_heads, same_text) = keys(**vit, image_heads=2), keys(**vit, image_heads=4)
@@ -233,9 +235,9 @@ def test_two_encoders_with_the_same_weights_share_no_cached_features(small_flags
     gelu = ImageEncoder("vit_tiny_patch16_224", "random", 32)
     quick = ImageEncoder("vit_tiny_patch16_224", "random", 32)
     quick.load_state_dict(gelu.state_dict())
-    assert key_of_model(gelu) == key_of_model(quick)
+    assert model_key(gelu) == model_key(quick)
     quick.architecture["name"] = "vit_tiny_patch16_quickgelu_224"
-    assert key_of_model(gelu) != key_of_model(quick)
+    assert model_key(gelu) != model_key(quick)
     assert keys(text_heads=2)[1] != keys(text_heads=4)[1] and keys(pooling="first")[1] != keys()[1]
 
 
@@ -244,7 +246,7 @@ def test_activations_are_kept_in_16_bits_unless_fp32_is_asked_for(small_flags, t
     losses = {}
     for precision, dtype in (("auto", np.float16), ("fp32", np.float32)):
         cache = tmp_path / precision
-        train(small_flags(precision, train_image_from="layer3", precision=precision, cache_dir=cache))
+        train(small_flags(precision, image_unfreeze_from="layer3", precision=precision, cache_dir=cache))
         assert {np.load(path).dtype for path in cache.glob("activations-*")} == {np.dtype(dtype)}
         losses[precision] = pd.read_csv(tmp_path / precision / "history.csv")["loss"]
     assert losses["auto"].to_numpy() == pytest.approx(losses["fp32"].to_numpy(), rel=2e-3)
@@ -253,33 +255,33 @@ def test_activations_are_kept_in_16_bits_unless_fp32_is_asked_for(small_flags, t
 def test_a_disk_that_is_too_small_for_what_is_kept_is_named_before_anything_is_written(small_flags, tmp_path, monkeypatch):
     """The pictures take 2.3 MB, which would go in, and the activations of 30 crops of each ten times as much."""
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(storage.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
-    with pytest.raises(UserError, match=r"cache: 0.\d GB are to be written there, but only 0.0 GB are free.*--cache-dir"):
-        train(small_flags(train_image_from="layer3", cached_views=30))
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda path: usage._replace(free=10_000_000))
+    with pytest.raises(UserError, match=r"cache: 0.\d GB are needed there, but only 0.0 GB are free.*--cache-dir"):
+        train(small_flags(image_unfreeze_from="layer3", cached_crops=30))
     assert not (tmp_path / "run").exists() and not list((tmp_path / "cache").glob("*"))
-    train(small_flags(train_image_from="layer3", cached_views=2, epochs=1))
+    train(small_flags(image_unfreeze_from="layer3", cached_crops=2, epochs=1))
 
 
 def test_the_average_of_the_weights_is_what_is_scored_and_kept(small_flags, tmp_path, monkeypatch):
-    steps, scored = [], []
-    step, score = torch.optim.AdamW.step, main.score
+    taken, scored = [], []
+    step, score = torch.optim.AdamW.step, report.score
 
     def keep_step(optimizer, *arguments):
         step(optimizer, *arguments)
-        steps.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
+        taken.append([p.detach().clone() for group in optimizer.param_groups for p in group["params"]])
 
     def keep_score(model, *arguments):
         scored.append(model.state_dict()["image_projection.projection.weight"].clone())
         return score(model, *arguments)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", keep_step)
-    monkeypatch.setattr(main, "score", keep_score)
+    monkeypatch.setattr(report, "score", keep_score)
     model = train(small_flags(epochs=1, ema_decay=0.7))
-    assert len(steps) > 2
-    expected = steps[0]
-    for now in steps[1:]:
+    assert len(taken) > 2
+    expected = taken[0]
+    for now in taken[1:]:
         expected = [0.7 * average + 0.3 * value for average, value in zip(expected, now)]
-    rows = [row for group in main.parameter_groups(model, Config()) for row in group["params"]]
+    rows = [row for group in optimization.parameter_groups(model, Config()) for row in group["params"]]
     for average, kept in zip(expected, rows, strict=True):
         torch.testing.assert_close(average, kept.detach(), rtol=1e-4, atol=1e-6)
     assert torch.equal(scored[0], weights(tmp_path / "run")["image_projection.projection.weight"])
@@ -294,17 +296,17 @@ def test_an_earlier_run_moves_aside(small_flags, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("freeze, views", [("image", 3), ("text", 1), ("both", 1)])
-def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, freeze, views, monkeypatch):
-    config, _ = parse_config(small_flags(freeze=freeze, cached_views=views), "shapes")
+def test_frozen_encoders_keep_still_and_are_computed_once(small_flags, tmp_path, freeze, views, monkeypatch):
+    config, _ = parse_config(small_flags(freeze=freeze, cached_crops=views), "shapes")
     torch.manual_seed(config.seed)
-    table, _, _ = main.load_captions(config.data_dir)
+    table, _, _ = load_captions(config.data_dir)
     start = clip.create_model(config, table["caption"][table["split"] == "train"]).state_dict()
     main.train(config)
     end = weights(tmp_path / "run")
-    for tower in ("image", "text"):
-        names = [name for name in start if name.startswith(f"{tower}_encoder.")]
+    for encoder in ("image", "text"):
+        names = [name for name in start if name.startswith(f"{encoder}_encoder.")]
         still = all(torch.equal(start[name], end[name]) for name in names)
-        assert still == (freeze in (tower, "both"))
+        assert still == (freeze in (encoder, "both"))
     assert not torch.equal(start["image_projection.projection.weight"], end["image_projection.projection.weight"])
 
     def recomputed(*_):
@@ -316,26 +318,26 @@ def test_frozen_towers_keep_still_and_are_computed_once(small_flags, tmp_path, f
     if views > 1:
         assert not np.allclose(kept[1][0], kept[1][1])  # two crops of one picture
     if freeze != "text":
-        monkeypatch.setattr(frozen, "as_batch", recomputed)
+        monkeypatch.setattr(feature_cache, "as_batch", recomputed)
     if freeze != "image":
-        monkeypatch.setattr(frozen, "text_features", recomputed)
+        monkeypatch.setattr(feature_cache, "text_features", recomputed)
     main.train(config)
     assert_equal_weights(end, weights(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_a_tower_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small_flags, tmp_path, views, monkeypatch):
-    flags = small_flags(train_image_from="layer3", cached_views=views, image_drop_path=0.2) + ["--mirror"] * (views > 1)
+def test_a_encoder_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small_flags, tmp_path, views, monkeypatch):
+    flags = small_flags(image_unfreeze_from="layer3", cached_crops=views, image_drop_path=0.2) + ["--hflip"] * (views > 1)
     config, _ = parse_config(flags, "shapes")
     torch.manual_seed(config.seed)
-    start = clip.create_model(config, main.load_captions(config.data_dir)[0]["caption"]).image_encoder.state_dict()
+    start = clip.create_model(config, load_captions(config.data_dir)[0]["caption"]).image_encoder.state_dict()
     main.train(config)
     end = weights(tmp_path / "run")
     moved = {name.split(".")[1] for name in start if not torch.equal(start[name], end[f"image_encoder.{name}"])}
     assert moved == {"layer3", "layer4"}  # BatchNorm statistics included
     [kept] = [path for path in (tmp_path / "cache").glob("activations-*") if len(np.load(path)) != 24]
     assert len(np.load(kept)) == 96 * views
-    monkeypatch.setattr(frozen, "as_batch", None)  # would fail if the trunk ran again
+    monkeypatch.setattr(feature_cache, "as_batch", None)  # would fail if the trunk ran again
     shutil.rmtree(tmp_path / "run")
     main.train(config)
     assert_equal_weights(end, weights(tmp_path / "run"))
@@ -343,15 +345,15 @@ def test_a_tower_trained_from_a_stage_keeps_what_is_below_and_runs_it_once(small
 
 def test_every_second_kept_view_is_a_mirror_image(small_flags, tmp_path):
     kept = []
-    for folder, flags in (("plain", []), ("mirrored", ["--mirror"])):
-        train(small_flags(folder, train_image_from="layer3", cached_views=3, epochs=1, cache_dir=tmp_path / folder), *flags)
+    for folder, flags in (("plain", []), ("mirrored", ["--hflip"])):
+        train(small_flags(folder, image_unfreeze_from="layer3", cached_crops=3, epochs=1, cache_dir=tmp_path / folder), *flags)
         [path] = [path for path in (tmp_path / folder).glob("activations-*") if len(np.load(path)) != 24]
         kept.append(np.load(path).reshape(96, 3, -1))
     same = (kept[0] == kept[1]).all(axis=2)
     assert same[:, [0, 2]].all() and not same[:, 1].any()
 
 
-def test_the_compile_flag_compiles_both_towers(small_flags, monkeypatch):
+def test_the_compile_flag_compiles_both_encoders(small_flags, monkeypatch):
     compiled = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, **_: compiled.append(type(module).__name__))
     train(small_flags(), "--compile")
@@ -361,25 +363,28 @@ def test_the_compile_flag_compiles_both_towers(small_flags, monkeypatch):
 def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, monkeypatch):
     train(small_flags("source", epochs=1))
     source, _ = clip.load(tmp_path / "source", device="cpu")
-    tower = source.image_encoder.tower.state_dict()
-    safetensors.torch.save_file(tower, tmp_path / "image.safetensors")
-    source.text_encoder.tower.save_pretrained(tmp_path / "text")
+    encoder = source.image_encoder.backbone.state_dict()
+    safetensors.torch.save_file(encoder, tmp_path / "image.safetensors")
+    source.text_encoder.backbone.save_pretrained(tmp_path / "text")
     shutil.copy(tmp_path / "source" / "tokenizer.json", tmp_path / "text")
     begun = []
     train_epoch = main.train_epoch
-    monkeypatch.setattr(main, "train_epoch", lambda model, *rest: begun.append(snapshot(model)) or train_epoch(model, *rest))
+    monkeypatch.setattr(
+        main, "train_epoch", lambda state, *rest: begun.append(snapshot(state.model)) or train_epoch(state, *rest)
+    )
 
     def snapshot(model):
         return {name: value.clone() for name, value in model.state_dict().items()}
 
-    monkeypatch.setattr(main, "fill_in", lambda config: main.replace(config, epochs=3, batch_size=96))
+    heads = {"epochs": 3, "batch_size": 96}
+    monkeypatch.setattr(main, "heads_config", lambda *given: main.replace(heads_config(*given), **heads))
     flags = small_flags(image_weights=tmp_path / "image.safetensors", text_encoder=tmp_path / "text", epochs=1)
     train(flags, "--text-weights", "pretrained", "--heads-first")
     heads = weights(tmp_path / "run" / "heads")
     assert len(begun) == 4
     assert_equal_weights(heads, begun[3])
-    prefix = "image_encoder.tower."
-    assert_equal_weights(tower, {name.removeprefix(prefix): heads[name] for name in heads if name.startswith(prefix)})
+    prefix = "image_encoder.backbone."
+    assert_equal_weights(encoder, {name.removeprefix(prefix): heads[name] for name in heads if name.startswith(prefix)})
 
 
 def test_plateau_factor_equals_torchs_scheduler():
@@ -391,12 +396,12 @@ def test_plateau_factor_equals_torchs_scheduler():
         )
         for count, rsum in enumerate(rsums, start=1):
             reference.step(rsum)
-            assert main.plateau_factor(rsums[:count], patience, 0.8) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert optimization.plateau_factor(rsums[:count], patience, 0.8) == pytest.approx(optimizer.param_groups[0]["lr"])
 
 
 def test_rates_rise_and_fall_as_worked_by_hand():
     config = Config(warmup=0.2)
-    rates = [main.rate_factor(step, 10, config, []) for step in range(10)]
+    rates = [optimization.lr_scale(step, 10, config, []) for step in range(10)]
     assert rates[:3] == pytest.approx([1 / 3, 2 / 3, 1])
     assert rates[6] == pytest.approx(0.5)  # half of the eight steps after the warm-up
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
@@ -406,9 +411,9 @@ def test_each_part_has_its_rate_and_only_matrices_decay(small_flags):
     config, _ = parse_config(small_flags(), "shapes")
     model = clip.create_model(config, ["a red circle"])
     found = {}
-    for group in main.parameter_groups(model, config):
+    for group in optimization.parameter_groups(model, config):
         for parameter in group["params"]:
-            found[id(parameter)] = (group["peak"], group["weight_decay"])
+            found[id(parameter)] = (group["base_lr"], group["weight_decay"])
     rates = {"image_encoder": config.image_encoder_lr, "text_encoder": config.text_encoder_lr}
     for name, parameter in model.named_parameters():
         decay = config.weight_decay if parameter.ndim > 1 else 0
@@ -416,18 +421,33 @@ def test_each_part_has_its_rate_and_only_matrices_decay(small_flags):
     assert found[id(model.logit_scale)] == (config.head_lr, 0)
 
 
+def test_a_vits_position_embeddings_do_not_decay(small_flags):
+    vit = {"image_encoder": "vit", "image_width": 64, "image_layers": 1, "image_heads": 1, "patch_size": 16, "size": 32}
+    config, _ = parse_config(small_flags(**vit), "shapes")
+    model = clip.create_model(config, ["a red circle"])
+    names = {id(parameter): name for name, parameter in model.image_encoder.backbone.named_parameters()}
+    decaying = {
+        names[id(parameter)]
+        for group in optimization.parameter_groups(model, config)
+        for parameter in group["params"]
+        if group["weight_decay"] and id(parameter) in names
+    }
+    assert "pos_embed" in names.values() and not decaying & {"pos_embed", "cls_token"}
+    assert all(name.endswith(".weight") for name in decaying) and "blocks.0.attn.qkv.weight" in decaying
+
+
 def test_temperature_is_clamped(small_flags, monkeypatch):
-    monkeypatch.setattr(main, "MAX_LOGIT_SCALE", 1.0)
+    monkeypatch.setattr(steps, "MAX_LOGIT_SCALE", 1.0)
     assert train(small_flags(epochs=1)).logit_scale.item() <= 1.0
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(small_flags, tmp_path, monkeypatch):
     train_epoch = main.train_epoch
 
-    def poisoned(model, loader, *rest):
-        if loader.batch_sampler.epoch == 1:
-            model.image_projection.projection.weight.data.fill_(math.nan)
-        return train_epoch(model, loader, *rest)
+    def poisoned(state, *rest):
+        if len(state.history) == 1:
+            state.model.image_projection.projection.weight.data.fill_(math.nan)
+        return train_epoch(state, *rest)
 
     monkeypatch.setattr(main, "train_epoch", poisoned)
     with pytest.raises(UserError, match=r"epoch 2, step 1: the loss is not finite.*--resume"):
@@ -464,10 +484,13 @@ BAD_RUNS = {
     "heads do not divide": ({"text_heads": 3}, "--text-width 32"),
     "negative rate": ({"head_lr": -1}, "--head-lr"),
     "micro-batch does not divide": ({"micro_batch_size": 12}, "--micro-batch-size 12: does not divide --batch-size 32"),
-    "unknown stage": ({"train_image_from": "layer9"}, "--train-image-from layer9: no such stage; there are .*layer3"),
-    "nothing below the stage": ({"train_image_from": "conv1"}, "nothing lies below"),
-    "stage of a frozen tower": ({"train_image_from": "layer3", "freeze": "image"}, "--freeze image trains no image tower"),
-    "no views": ({"train_image_from": "layer3", "cached_views": 0}, "--cached-views 0"),
+    "unknown stage": ({"image_unfreeze_from": "layer9"}, "--image-unfreeze-from layer9: no such stage; there are .*layer3"),
+    "nothing below the stage": ({"image_unfreeze_from": "conv1"}, "there are no layers below"),
+    "stage of a frozen encoder": (
+        {"image_unfreeze_from": "layer3", "freeze": "image"},
+        "--freeze image trains no image encoder",
+    ),
+    "no views": ({"image_unfreeze_from": "layer3", "cached_crops": 0}, "--cached-crops 0"),
     "no such device": ({"device": "cuda:99"}, "--device cuda:99"),
 }
 
@@ -483,15 +506,15 @@ def test_bad_settings_end_in_one_line_and_leave_nothing(small_flags, tmp_path, p
 
 @pytest.mark.parametrize("run_dir", [".", "", "..", "/", "./runs/.."])
 def test_a_run_folder_that_holds_the_current_folder_is_refused(run_dir, monkeypatch):
-    with pytest.raises(UserError, match="--run-dir .*: a run needs a folder of its own"):
+    with pytest.raises(UserError, match="--run-dir .*: a run needs its own folder"):
         parse_config(["shapes", "--run-dir", run_dir], "shapes")
-    with pytest.raises(UserError, match="--run-dir .*: a run needs a folder of its own"):
+    with pytest.raises(UserError, match="--run-dir .*: a run needs its own folder"):
         GAN.parse_config(["shapes", "--run-dir", run_dir])
 
 
 def test_middle_squares_alone_are_not_mirrored(small_flags):
-    with pytest.raises(UserError, match="--mirror: --cached-views 1 keeps middle squares only"):
-        train(small_flags(freeze="image", cached_views=1), "--mirror")
+    with pytest.raises(UserError, match="--hflip: --cached-crops 1 keeps centre crops only"):
+        train(small_flags(freeze="image", cached_crops=1), "--hflip")
 
 
 def test_a_broken_picture_ends_in_one_line_and_leaves_no_run(small_flags, sample, tmp_path):
@@ -555,7 +578,7 @@ def test_the_first_command_of_the_readme(tmp_path):
 
 
 def test_real_photographs_train_and_with_shuffled_captions_do_not(real_photographs, tmp_path):
-    """A short run on Flickr8k with both pretrained encoders, held still, finds far more than chance, which is 10 here.
+    """A short run on Flickr8k with both pretrained encoders, frozen, finds far more than chance, which is 10 here.
 
     Where the training images have exchanged their captions it finds no more than that: nothing leaks from the scored images.
     """

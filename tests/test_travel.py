@@ -12,11 +12,11 @@ from conftest import ROOT
 
 import clip
 import inference
-from card import write_card
-from config import PRESETS, fill_in
-from export import export_onnx
-from storage import UserError
-from tokenizer import tokenize
+from config import PRESETS, resolve_defaults
+from encoders.tokenizer import tokenize
+from search.export import export_onnx
+from training.model_card import write_card
+from utils.errors import UserError
 
 
 def test_a_saved_model_is_a_run_folder_of_its_weights(run, tmp_path):
@@ -131,7 +131,7 @@ def check_onnx(model, folder):
 
 def test_onnx_files_give_the_same_embeddings(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    inference.parse_flags(inference.search, "inference.py", None, ["--export", "onnx", "--run", str(tmp_path / "run")])
+    inference.run_cli(inference.search, "inference.py", None, ["--export", "onnx", "--run", str(tmp_path / "run")])
     check_onnx(clip.load(run, "cpu")[0], tmp_path / "run")
 
 
@@ -141,7 +141,7 @@ LAYERS = {"image_feature_stages": "layer2,layer3", "text_feature_layers": 2}
 @pytest.mark.parametrize(("preset", "options"), [("gpt2", {}), ("gpt2", LAYERS), ("paper", {}), ("mixer", {})])
 def test_every_preset_of_the_sample_becomes_onnx_files(preset, options, tmp_path):
     captions = ["a red circle", "a large blue star left of a small ring", "a"] * 20
-    model = clip.create_model(fill_in(replace(PRESETS[preset], data_dir=str(tmp_path), **options)), captions).eval()
+    model = clip.create_model(resolve_defaults(replace(PRESETS[preset], data_dir=str(tmp_path), **options)), captions).eval()
     export_onnx(model, tmp_path)
     check_onnx(model, tmp_path)
 

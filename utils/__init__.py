@@ -1,4 +1,9 @@
-"""What every other part stands on.
+"""Helpers that all other parts use.
 
-cache.py    what lies in the cache folder, and what of it no run uses; a command
+cache.py   cached results on disk; a command lists them and deletes what no run uses
+device.py  the device and the precision to compute with
+errors.py  errors as clear messages: user mistakes, SIGTERM, out of memory, lost processes
+files.py   atomic writes of files and folders
+images.py  read pictures from files, and cache them decoded
+plots.py   the figures of a run and of a search
 """

@@ -1,23 +1,111 @@
-"""What lies in the cache folder and which runs use it: python -m utils.cache [--delete].
+"""The cache folder. python -m utils.cache [--delete] lists its files and the runs that use them.
 
-Decoded pictures, features of frozen encoders and embeddings are kept there, because computing them takes longer than reading
-them. All of it can be computed again. Each run folder names in its cache.txt what it used.
+It holds decoded pictures, features of frozen encoders and embeddings, as computing these takes longer than reading them. All
+of it can be computed again. Each run folder's cache.txt lists what the run used.
 """
 
+import hashlib
+import os
 import shutil
 import sys
 from collections import defaultdict
 from pathlib import Path
 
-from config import parse_flags
-from storage import UserError, remove_unfinished, run_command
+import numpy as np
+import torch
 
-USES = "cache.txt"  # of a run folder
+from config import run_cli
+from utils.errors import UserError, run_command
+from utils.files import atomic_write, remove_leftovers
+
+
+def require_space(folder, size, remedy):
+    """Raises UserError where the disk of `folder` has fewer than `size` bytes free. remedy: what else the user can do."""
+    folder = Path(folder)
+    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"{folder}: {size / 1e9:.1f} GB are needed there, but only {free / 1e9:.1f} GB are free; free space, name a "
+            f"folder on another disk with --cache-dir, or {remedy}"
+        )
+
+
+def file_stats(paths):
+    """[(path, bytes, modification time in ns)] of files, for cache keys that change when a file is changed or removed."""
+
+    def stats(path):
+        try:
+            stat = os.stat(path)
+        except FileNotFoundError:
+            return str(path), None, None
+        return str(path), stat.st_size, stat.st_mtime_ns
+
+    return list(map(stats, paths))
+
+
+def cache_key(*parts):
+    """A short hexadecimal key that changes when the `repr` of any part does; bytes are taken as they are."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else repr(part).encode())
+        digest.update(b"\0")
+    return digest.hexdigest()[:20]
+
+
+def model_key(module):
+    """The cache key of a torch module: of its parts' `architecture`, and of its weights' names, shapes and values.
+
+    The architecture is needed because models with the same weights may differ in activation or number of attention heads.
+    """
+    return cache_key([getattr(part, "architecture", None) for part in module.modules()], tensors_key(module.state_dict()))
+
+
+def tensors_key(tensors):
+    """The cache key of {name: tensor}: of names, shapes, dtypes and all values."""
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().data)
+    return digest.hexdigest()[:20]
+
+
+def cached_tensor(path, shape, dtype, compute, remedy="delete what is in it"):
+    """The tensor in the .npy file `path`, memory-mapped: rows that are not used take no memory.
+
+    If there is no such file of this shape and dtype, compute() yields the tensor in blocks of rows, which are written first.
+    Raises UserError, with the remedy, where the disk has too little space, or where the folder is not writable.
+    """
+    bits = torch.int16 if dtype == torch.bfloat16 else dtype  # NumPy has no bf16
+    kind = torch.empty(0, dtype=bits).numpy().dtype
+
+    def read():
+        array = np.load(path, mmap_mode="c")  # copy-on-write; for "r" torch would warn
+        if array.shape != tuple(shape) or array.dtype != kind:
+            raise ValueError(f"{path}: another shape")
+        return torch.from_numpy(array).view(dtype)
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(shape)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for block in compute():
+                file.write(block.contiguous().view(bits).numpy().data)
+
+    try:
+        return read()
+    except (OSError, ValueError, EOFError):
+        require_space(Path(path).parent, int(np.prod(shape)) * kind.itemsize, remedy)
+        atomic_write(path, write)
+        return read()
+
+
+USES_FILE = "cache.txt"  # in a run folder
 
 
 def note_use(run_dir, path):
-    """Adds a file or folder of the cache to those that a run uses. A run folder that may not be written stays as it is."""
-    uses = Path(run_dir) / USES
+    """Adds a file or folder of the cache to those that a run uses; does nothing if the run folder is not writable."""
+    uses = Path(run_dir) / USES_FILE
     try:
         if path.stem not in (uses.read_text(encoding="utf-8").split() if uses.exists() else []):
             with open(uses, "a", encoding="utf-8") as file:
@@ -32,7 +120,7 @@ def bytes_in(path):
 
 
 def cache_line(cache_dir):
-    """A line that says how large the cache folder is."""
+    """A message with the size of the cache folder."""
     size = bytes_in(Path(cache_dir)) / 1e9
     return f"{cache_dir} holds {size:.1f} GB for later runs; python -m utils.cache shows what no run uses"
 
@@ -48,9 +136,9 @@ def cache(cache_dir: str = ".cache", runs: tuple[str, ...] = ("runs",), delete: 
     folder = Path(cache_dir)
     if not folder.is_dir():
         raise UserError(f"--cache-dir {cache_dir}: no such folder")
-    remove_unfinished(folder)
+    remove_leftovers(folder)
     users = defaultdict(list)
-    for uses in sorted(path for name in runs for path in Path(name).rglob(USES)):
+    for uses in sorted(path for name in runs for path in Path(name).rglob(USES_FILE)):
         for stem in uses.read_text(encoding="utf-8").split():
             users[stem].append(str(uses.parent))
     unused = 0
@@ -73,4 +161,4 @@ def cache(cache_dir: str = ".cache", runs: tuple[str, ...] = ("runs",), delete: 
 
 
 if __name__ == "__main__":
-    run_command(lambda: parse_flags(cache, "python -m utils.cache", None, sys.argv[1:]))
+    run_command(lambda: run_cli(cache, "python -m utils.cache", None, sys.argv[1:]))

@@ -1,0 +1,84 @@
+"""Captions to token ids: a pretrained encoder's tokenizer, OpenAI's, or a WordPiece vocabulary learned from the captions.
+
+A tokenizer is always a `tokenizers.Tokenizer` that truncates to its `max_length`, pads to the longest text of a call, and is
+saved in one file, tokenizer.json.
+"""
+
+from pathlib import Path
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from encoders.build import load_pretrained
+from utils.errors import UserError
+
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+
+
+def train_tokenizer(captions, vocab_size, max_length):
+    """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary of about vocab_size learned from the captions."""
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    trainer_tokenizer = tokenizers.Tokenizer(models.WordPiece())
+    trainer_tokenizer.normalizer, trainer_tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    captions = list(captions)
+    # The trainer numbers the letters inside words in a hash table's order, which differs between runs, and breaks ties by
+    # these numbers. Listing the letters first makes the vocabulary reproducible.
+    letters = sorted(set("".join(map(normalizer.normalize_str, captions))) - {" "})
+    first_tokens = SPECIAL + [f"##{letter}" for letter in letters]
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first_tokens, show_progress=False)
+    trainer_tokenizer.train_from_iterator(captions, trainer)
+
+    tokenizer = tokenizers.Tokenizer(models.WordPiece(trainer_tokenizer.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
+    tokenizer.add_special_tokens(SPECIAL)
+    ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    return configure_tokenizer(tokenizer, max_length, tokenizer.token_to_id("[PAD]"), "[PAD]")
+
+
+def pretrained_tokenizer(name, max_length):
+    """The tokenizer of a Hugging Face name or local folder. Raises UserError where it has none."""
+    if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
+        raise UserError(f"--text-encoder {name}: a folder without a tokenizer; add its tokenizer.json or vocab.txt")
+    hf_tokenizer = load_pretrained(transformers.AutoTokenizer, name)
+    pad = hf_tokenizer.pad_token or hf_tokenizer.eos_token  # GPT-2 has no padding token; any works, as it is masked
+    return configure_tokenizer(hf_tokenizer.backend_tokenizer, max_length, hf_tokenizer.convert_tokens_to_ids(pad), pad)
+
+
+def openai_tokenizer(max_length):
+    """OpenAI's byte-pair encoding of 49,408 tokens, with the vocabulary from open_clip.
+
+    Every text has a start token and an end token, and is padded with zeros.
+    """
+    from open_clip.tokenizer import SimpleTokenizer  # only here: this import takes seconds
+
+    openclip_tokenizer = SimpleTokenizer()
+    names = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    vocabulary = {names.get(token, token): number for token, number in openclip_tokenizer.encoder.items()}
+    hf_tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=list(openclip_tokenizer.bpe_ranks))
+    return configure_tokenizer(hf_tokenizer.backend_tokenizer, max_length, 0, hf_tokenizer.convert_ids_to_tokens(0))
+
+
+def configure_tokenizer(tokenizer, max_length, pad_id, pad_token):
+    """The tokenizer, set to truncate to max_length tokens and to pad to the longest text of a call."""
+    tokenizer.enable_truncation(max_length)
+    tokenizer.enable_padding(pad_id=pad_id, pad_token=pad_token)
+    return tokenizer
+
+
+def read_tokenizer(run_dir):
+    """The tokenizer of a run folder. Raises UserError where it is missing or damaged."""
+    path = Path(run_dir) / "tokenizer.json"
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises no more specific type
+        raise UserError(f"{path}: missing or damaged ({error}); train the run again") from None
+
+
+def tokenize(tokenizer, texts):
+    """texts: list of n strings -> (input_ids, attention_mask), (n, l) int64, l the length of the longest text."""
+    encodings = tokenizer.encode_batch(list(texts))
+    input_ids = torch.tensor([encoding.ids for encoding in encodings])
+    return input_ids, torch.tensor([encoding.attention_mask for encoding in encodings])

@@ -1,0 +1,7 @@
+"""Score a trained model: the tasks of evaluate.py.
+
+leaks.py      find pictures that are in two splits, by name or as near-duplicates
+retrieval.py  Recall@K, and which of several captions matches an image
+sts.py        semantic textual similarity: correlation of cosines with human ratings
+zeroshot.py   zero-shot classification of pictures by the names of their classes
+"""

@@ -1,0 +1,8 @@
+"""Search the pictures of a folder with a trained model.
+
+export.py     export the two encoders to ONNX
+gallery.py    embed the pictures of a folder, and cache the embeddings on disk
+index.py      nearest-neighbour search, exact or approximate (HNSW)
+occlusion.py  heat maps: which parts of a picture match a text
+queries.py    embed and answer queries: texts, pictures, class names
+"""

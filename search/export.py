@@ -1,0 +1,71 @@
+"""Export a run's two encoders, with their projection heads, to ONNX files: python inference.py --export onnx --run RUN.
+
+ONNX files can be used without torch.
+"""
+
+import warnings
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+EXAMPLE_BATCH = 2  # pictures and captions in the example input that the export traces
+
+
+class ImageExport(nn.Module):
+    """Pixels, (n, 3, size, size) float of 0 to 255, to embeddings, (n, d_e), L2-normalised."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder, self.projection = model.image_encoder, model.image_projection
+
+    def forward(self, image):
+        return F.normalize(self.projection(self.encoder(image)), dim=1)
+
+
+class TextExport(nn.Module):
+    """Token ids and their attention mask, (n, l) int64, to embeddings, (n, d_e), L2-normalised."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoder, self.projection = model.text_encoder, model.text_projection
+
+    def forward(self, input_ids, attention_mask):
+        return F.normalize(self.projection(self.encoder.pooled(input_ids, attention_mask)), dim=1)
+
+
+def export_onnx(model, run):
+    """Writes RUN/onnx/image.onnx and RUN/onnx/text.onnx, and returns their paths. Both accept any batch size.
+
+    Captions have to be padded to the context length if the text encoder has a fixed one.
+    Raises UserError if onnx is not installed.
+    """
+    try:
+        import onnx  # noqa: F401  imported here because these packages are optional
+        import onnxscript  # noqa: F401
+    except ImportError:
+        raise UserError("--export onnx: pip install onnx onnxscript") from None
+    model = model.cpu().eval()
+    n, length = torch.export.Dim("n"), torch.export.Dim("l", max=model.tokenizer.truncation["max_length"])
+    size = model.image_encoder.size
+    image = torch.zeros(EXAMPLE_BATCH, 3, size, size)
+    ids = torch.full((EXAMPLE_BATCH, 5), model.tokenizer.padding["pad_id"])
+    mask = torch.ones_like(ids)
+    exports = {
+        "image": (ImageExport(model), (image,), {"image": {0: n}}),
+        "text": (TextExport(model), (ids, mask), {"input_ids": {0: n, 1: length}, "attention_mask": {0: n, 1: length}}),
+    }
+    paths = []
+    for name, (module, example, shapes) in exports.items():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "# The axis name")  # ids and mask share the axes n and l, as intended
+            names = {"input_names": list(shapes), "output_names": [f"{name}_features"]}
+            program = torch.onnx.export(module.eval(), example, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+        path = Path(run) / "onnx" / f"{name}.onnx"
+        atomic_write(path, lambda temporary, program=program: program.save(str(temporary), external_data=False))
+        paths.append(path)
+    return paths

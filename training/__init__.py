@@ -1,0 +1,13 @@
+"""Training a CLIP model, from the data to the report.
+
+checkpoint.py      create, lock, checkpoint and resume a run folder
+data.py            the training and validation split, and the loader of training batches
+distributed.py     training in several processes (torchrun)
+feature_cache.py   cache the outputs of frozen encoders
+gradient_cache.py  the gradient of a large batch, computed in micro-batches
+model_card.py      the model card of a run
+optimization.py    the optimizer's parameter groups, and the learning rate schedule
+report.py          what is printed and drawn during training and at its end
+state.py           everything that training changes: created, saved and restored together
+steps.py           one epoch, and its training steps
+"""

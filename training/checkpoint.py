@@ -1,0 +1,174 @@
+"""Create, lock, checkpoint and resume a run folder."""
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import filelock
+import numpy as np
+import pandas as pd
+import torch
+
+from captions import SPLITS, write_splits
+from clip import describe_encoders
+from config import load_run, refuse_changes, save_run
+from training import distributed
+from utils.errors import UserError
+from utils.files import atomic_write, remove_leftovers, replace
+
+LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
+DIGEST_SIZE = hashlib.sha256().digest_size  # bytes at the end of a checkpoint: the SHA-256 of all before them
+
+
+# ---- checkpoints -------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(run_dir, state):
+    """Writes tensors and plain values as the newest checkpoint of a folder, followed by their SHA-256.
+
+    The folder holds a complete checkpoint at all times, even if the process is killed.
+    """
+
+    def write(temporary):
+        with open(temporary, "wb") as file:
+            try:
+                torch.save(state, file)
+            except RuntimeError as error:  # torch's report of a full disk; its context is Python's OSError
+                raise error.__context__ or error from None
+        digest = hashlib.sha256(np.memmap(temporary, mode="r")).digest()
+        with open(temporary, "ab") as file:
+            file.write(digest)
+
+    atomic_write(run_dir / LAST, write, backup=run_dir / PREVIOUS)
+
+
+def read_checkpoint(path):
+    """The inverse of `write_checkpoint`; reads tensors and plain values only. Raises ValueError where a byte has changed."""
+    checksummed = np.memmap(path, mode="r")
+    if hashlib.sha256(checksummed[:-DIGEST_SIZE]).digest() != checksummed[-DIGEST_SIZE:].tobytes():
+        raise ValueError("its checksum does not match")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def has_checkpoint(run_dir):
+    return any((run_dir / name).exists() for name in (LAST, PREVIOUS))
+
+
+def load_latest(run_dir, restore, use_previous=False):
+    """What restore(state) returns for a folder's newest checkpoint.
+
+    use_previous: if that one is damaged, use the one before it.
+    Raises UserError for a checkpoint that is damaged or of another model, and names the one before.
+    """
+    paths = [run_dir / name for name in (LAST, PREVIOUS) if (run_dir / name).exists()]
+    for path in paths:
+        try:
+            return restore(read_checkpoint(path))
+        except UserError:
+            raise
+        except Exception as error:  # a damaged file can raise almost any exception
+            reason = str(error).strip().split("\n")[0][:120]
+            damaged = f"{path}: damaged, or of another model or other data ({reason})"
+        if path == paths[-1]:
+            raise UserError(f"{damaged}; start the run again")
+        if not use_previous:
+            raise UserError(f"{damaged}; {paths[-1]} is the one before: rename it to {LAST} and use --resume")
+        print(f"{damaged}; resuming from {paths[-1]}")
+
+
+def load_optimizer(optimizer, saved):
+    """Loads an optimizer's moments from its saved state; learning rates, weight decay and betas stay as configured.
+
+    Raises ValueError where the saved state belongs to other parameters.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
+        raise ValueError("its optimizer has other parameters")
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+
+
+# ---- the run folder ----------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def lock_run_dir(run_dir):
+    """Locks a run folder for this process; the operating system releases the lock if the process is killed.
+
+    Raises UserError where another process holds the lock, or the lock file beside the folder cannot be written.
+    """
+    run_dir = Path(run_dir)
+    lock = filelock.FileLock(run_dir.with_name(f".{run_dir.name}.lock"), timeout=0)
+    try:
+        run_dir.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except filelock.Timeout:
+        raise UserError(f"{run_dir}: another run is training there; wait until it ends, or name another --run-dir") from None
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None
+    try:
+        remove_leftovers(run_dir)
+        yield
+    finally:
+        lock.release()
+
+
+def write_history(path, history):
+    def write(temporary):
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, fieldnames=history[0])
+            writer.writeheader()
+            writer.writerows(history)
+
+    atomic_write(path, write)
+
+
+def best_rsum(run_dir):
+    """The best sum of the six recalls (rsum) in a run's history.csv; -1, less than any, if there is no such file."""
+    path = Path(run_dir) / "history.csv"
+    return float(pd.read_csv(path)["rsum"].max()) if path.exists() else -1.0
+
+
+def backup_run(run_dir, marker):
+    """Renames the folder if it holds an earlier run, recognised by its file `marker`, so that nothing is overwritten."""
+    if (run_dir / marker).exists():
+        number = 1
+        while (backup := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
+            number += 1
+        replace(run_dir, backup)
+        print(f"{run_dir} held an earlier run, which was renamed to {backup}")
+
+
+def refuse_other_settings(config):
+    """Raises UserError where a resumed run's settings would change the model or its input."""
+    if config.resume != "no" and (Path(config.run_dir) / "config.json").exists():
+        refuse_changes(config, load_run(config.run_dir)["config"])
+
+
+def save_settings(config, model, table):
+    """Writes config.json and splits.csv, in the main process. table: what `load_captions` returns, with all splits."""
+    if not distributed.is_main_process():
+        return
+    save_run(config.run_dir, dataclasses.replace(config, resume="no"), describe_encoders(model))
+    write_splits(Path(config.run_dir) / SPLITS, table)
+
+
+def start_run(config, model, table, skipped):
+    """Creates the run folder, without weights, in the main process; an earlier run's folder is renamed.
+
+    table: as for `save_settings`.
+    """
+    if not distributed.is_main_process():
+        return
+    run_dir = Path(config.run_dir)
+    backup_run(run_dir, "config.json")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "skipped.txt").unlink(missing_ok=True)
+        if skipped:
+            (run_dir / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+        model.tokenizer.save(str(run_dir / "tokenizer.json"))
+        save_settings(config, model, table)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None

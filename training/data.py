@@ -1,0 +1,159 @@
+"""The pictures and captions of a training: find them, split them, and load training batches."""
+
+import os
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from torch.utils.data import DataLoader, Subset
+
+from captions import image_positions, load_captions, load_generated, mentions_left_or_right
+from config import SHAPES, generated_per_batch
+from dataset import CLIPDataset, PairSampler, collate
+from Datasets import flickr8k, shapes
+from embedding import activation_features, image_features, text_features, token_ids
+from training import distributed
+from utils.errors import UserError
+from utils.images import decode_images
+
+
+@dataclass
+class Split:
+    """n images and their m captions: the model's inputs or, for a frozen encoder, its cached outputs.
+
+    image_key and text_key, those of `dataset.collate`, say what images and texts hold.
+    """
+
+    names: list  # n file names
+    pictures: Subset  # n decoded pictures
+    captions: list  # m strings
+    image_of_text: np.ndarray  # (m,) position of each caption's image
+    images: Subset | torch.Tensor  # n decoded pictures, or (n, crops, ...) activations or features of crops of them
+    texts: list | torch.Tensor  # m lists of token ids, or (m, d_t) features
+    image_key: str = "image"  # or image_activations or image_features
+    text_key: str = "text"  # or text_features
+    sources: list = field(default_factory=list)  # for each generated image (they come last): the real ones of its caption
+
+
+def fetch_data(config, flickr8k_dir):
+    """The Config with the folder of its data, which is first downloaded or drawn if needed."""
+    if not (config.data_dir or config.captions_path):
+        if not (flickr8k_dir or config.download):
+            raise UserError(f"no Flickr8k in {' or '.join(flickr8k.PLACES)}; pass --download, or {flickr8k.BY_HAND}")
+        config = replace(config, data_dir=str(flickr8k_dir or flickr8k.download()))
+    if config.data_dir == SHAPES.data_dir and not Path(config.data_dir).exists():
+        print(f"drawing the sample into {config.data_dir}", flush=True)
+        try:
+            shapes.draw(config.data_dir)
+        except OSError as error:
+            raise UserError(f"{config.data_dir}: the sample cannot be drawn there ({error.strerror})") from None
+    return config
+
+
+def read_table(config):
+    """(table, image_dir, skipped) as `load_captions` gives them. Raises UserError where train or val has no image."""
+    table, image_dir, skipped = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
+    for split, ending in (("train", "train"), ("val", "dev")):
+        if split not in set(table["split"]):
+            raise UserError(
+                f"{image_dir}: none of its images is in the {split} split; list their names in a file that ends in "
+                f"{ending}Images.txt, or use more images"
+            )
+    return table, image_dir, skipped
+
+
+def load_splits(config, table, image_dir, model, bytes_to_come):
+    """Decodes the training and validation pictures of a table once. bytes_to_come: as for `decode_images`.
+
+    Returns ({"train": Split, "val": Split}, messages about skipped pictures). Generated pictures of --extra-data come last.
+    """
+    table, generated = table[table["split"].isin(["train", "val"])], frozenset()
+    if config.extra_data:
+        pairs = load_generated(config.extra_data, table)
+        table, generated = pd.concat([table, pairs], ignore_index=True), frozenset(pairs["image"])
+    names, _ = image_positions(table)
+    paths, size = [image_dir / name for name in names], model.image_encoder.size
+    pictures, bad = decode_images(paths, size, config.cache_dir, config.num_workers, config.skip_bad, bytes_to_come)
+    position = {name: i for i, name in enumerate(names) if i not in bad}
+    splits = {}
+    for split in ("train", "val"):
+        rows = table[(table["split"] == split) & table["image"].isin(position)]
+        names, image_of_text = image_positions(rows)
+        chosen = Subset(pictures, [position[name] for name in names])
+        texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
+        splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts)
+    splits["train"].sources = images_sharing_caption(splits["train"], generated)
+    count = len(splits["train"].names) - len(splits["train"].sources)
+    if count < config.batch_size - (generated_per_batch(config) if generated else 0):
+        raise UserError(f"--batch-size {config.batch_size}: there are only {count} training images in {image_dir}; lower it")
+    if not splits["val"].names:
+        raise UserError(f"{image_dir}: none of its validation images can be decoded")
+    return splits, list(bad.values())
+
+
+def images_sharing_caption(split, generated):
+    """For each generated image of a split, the set of positions of the real images that have its caption."""
+    captions = [set() for _ in split.names]
+    images = defaultdict(set)
+    for caption, image in zip(split.captions, split.image_of_text):
+        captions[image].add(caption)
+        images[caption].add(image)
+    real = sum(name not in generated for name in split.names)
+    return [{i for caption in texts for i in images[caption] if i < real} for texts in captions[real:]]
+
+
+def train_loader(config, model, split, device):
+    """A DataLoader of training batches. Its batch_sampler is a `PairSampler`, whose `steps` are the batches per epoch."""
+    image_of_text = split.image_of_text
+    sampler = PairSampler(
+        captions_of=np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1]),
+        batch_size=config.batch_size,
+        seed=config.seed,
+        micro_batch_size=config.micro_batch_size,
+        sources=split.sources,
+        generated=generated_per_batch(config) if split.sources else 0,
+        ranks=(distributed.rank(), distributed.size()),
+        captions_per_image=config.captions_per_image,
+    )
+    no_flip = list(map(mentions_left_or_right, split.captions)) if config.hflip else None
+    size, keys = model.image_encoder.size, (split.image_key, split.text_key)
+    dataset = CLIPDataset(split.images, split.texts, size, config.crop, no_flip, *keys)
+    return batch_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")
+
+
+def batch_loader(dataset, sampler, pad_id, num_workers=0, pin_memory=False):
+    """A DataLoader of the sampler's batches, as `collate` makes them."""
+    # Reading cached features is faster than sending them between processes; more workers than cores bring nothing.
+    workers = min(num_workers, os.cpu_count() or 1) if dataset.image_key == "image" else 0
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        collate_fn=partial(collate, pad_id=pad_id, image_key=dataset.image_key, text_key=dataset.text_key),
+        num_workers=workers,
+        pin_memory=pin_memory,
+        persistent_workers=workers > 0,
+    )
+
+
+def split_features(model, split, device, dtype):
+    """(I_f, T_f) of a split, (n, d_i) and (m, d_t). What is not cached is computed, by each process for its shard."""
+    I_f, T_f = split.images, split.texts
+    if split.image_key == "image_features":
+        I_f = I_f[:, 0]
+    else:
+        rows = distributed.shard(len(split.names))
+        if split.image_key == "image_activations":
+            I_f = activation_features(model, I_f[rows.start : rows.stop, 0], device, dtype)
+        else:
+            I_f = image_features(model, Subset(I_f, rows), device, dtype, len(rows))
+        I_f = distributed.all_gather(I_f)
+    if split.text_key == "text":
+        rows = distributed.shard(len(T_f))
+        T_f = distributed.all_gather(text_features(model, T_f[rows.start : rows.stop], device, dtype))
+    if not (I_f.isfinite().all() and T_f.isfinite().all()):
+        raise UserError("an encoder's features are not finite; the last good checkpoint is kept; --resume with lower rates")
+    return I_f, T_f

@@ -1,0 +1,115 @@
+"""Cache the outputs of frozen encoders on disk; training reads them instead of pictures and captions."""
+
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from config import is_openai
+from dataset import CROPS, CLIPDataset
+from embedding import IMAGE_BATCH, text_features
+from encoders.stages import run_trunk
+from utils.cache import cache_key, cached_tensor, file_stats, model_key, note_use
+from utils.device import autocast
+from utils.images import VIEW, as_batch, center_crop
+
+SPACE_HINT = "lower --cached-crops or --size"  # where the disk is too small
+FP16_MAX = torch.finfo(torch.float16).max
+
+
+def freeze_encoders(config, model, splits, image_dir, device, dtype):
+    """Freezes what the Config names, and replaces images and texts of {"train": Split, "val": Split} by cached outputs."""
+    image_encoder = model.image_encoder
+    freeze_image, freeze_text = config.freezes("image"), config.freezes("text")
+    for name, split in splits.items():
+        crops = config.cached_crops if name == "train" else 1
+        if freeze_image or config.image_unfreeze_from:
+            split.images = cache_image_features(config, image_encoder, split, image_dir, crops, device, dtype)
+            split.image_key = "image_features" if freeze_image else "image_activations"
+        if freeze_text:
+            split.texts, split.text_key = cache_text_features(config, model, split.texts, device, dtype), "text_features"
+    new_heads = not is_openai(config) or config.image_weights == "random"  # pretrained heads expect unscaled features
+    if freeze_image:
+        image_encoder.requires_grad_(False)
+        if new_heads:
+            model.image_projection.standardize(splits["train"].images.flatten(0, 1))
+    if freeze_text:
+        model.text_encoder.requires_grad_(False)
+        if new_heads:
+            model.text_projection.standardize(splits["train"].texts)
+
+
+def activation_dtype(config, dtype):
+    """The dtype of cached activations: that of the matrix products, but fp16 where --precision auto chose fp32.
+
+    They then take as little disk space without native bf16 as with it.
+    """
+    return torch.float16 if dtype == torch.float32 and config.precision == "auto" else dtype
+
+
+def activation_bytes(config, encoder, table, dtype):
+    """Bytes on disk for the activations of a table's images; 0 if the image encoder is trained fully or not at all."""
+    if not encoder.stage:
+        return 0
+    train, val = (table["image"][table["split"] == split].nunique() for split in ("train", "val"))
+    return (train * config.cached_crops + val) * encoder.activation_shape.numel() * activation_dtype(config, dtype).itemsize
+
+
+def cache_image_features(config, encoder, split, image_dir, num_crops, device, dtype):
+    """The outputs of the image encoder, or of its frozen trunk, for `num_crops` random crops of each image.
+
+    A single crop is the centre crop. With --hflip every second crop is flipped horizontally.
+    Returns (n, num_crops, d_i) features in fp32, or (n, num_crops, ...) activations in `activation_dtype`.
+    """
+    n, names, folder = len(split.names), [image_dir / name for name in split.names], Path(config.cache_dir)
+    if encoder.stage:
+        run, kind, shape, cache_dtype = (
+            partial(run_trunk, encoder),
+            "activations",
+            tuple(encoder.activation_shape),
+            activation_dtype(config, dtype),
+        )
+    else:
+        run, kind, shape, cache_dtype = encoder, "image-features", (encoder.width,), torch.float32
+    crop_settings = (CROPS, num_crops, config.crop, config.hflip, config.seed) if num_crops > 1 else None
+    key = cache_key(model_key(encoder), encoder.stage, VIEW, crop_settings, dtype, cache_dtype, file_stats(names))
+    gigabytes = n * num_crops * np.prod(shape) * cache_dtype.itemsize / 1e9
+    cropper = CLIPDataset(split.pictures, split.texts, encoder.size, config.crop)
+    seeds = np.random.default_rng(config.seed).integers(2**31, size=(n, num_crops)).tolist()
+
+    def crops():
+        for i, picture in enumerate(split.pictures):
+            if num_crops == 1:
+                yield center_crop(picture, encoder.size)
+            else:
+                yield from (cropper.random_crop(picture, seed, config.hflip and k % 2) for k, seed in enumerate(seeds[i]))
+
+    @torch.no_grad()
+    def compute():
+        part = f"the image encoder up to {encoder.stage}" if encoder.stage else "the image encoder"
+        print(f"running {part} on {n * num_crops:,} crops, cached in {folder} ({gigabytes:.2f} GB)")
+        encoder.eval()
+        remaining = crops()
+        with tqdm(total=n * num_crops, desc="crops", leave=False, disable=None, unit="img") as progress:
+            while batch := list(islice(remaining, IMAGE_BATCH)):
+                with autocast(device, dtype):
+                    outputs = run(as_batch(batch).to(device))
+                if cache_dtype == torch.float16:  # larger values would become infinite
+                    outputs = outputs.clamp(-FP16_MAX, FP16_MAX)
+                yield outputs.to(cache_dtype).cpu()
+                progress.update(len(batch))
+
+    path = folder / f"{kind}-{key}.npy"
+    note_use(config.run_dir, path)
+    return cached_tensor(path, (n * num_crops, *shape), cache_dtype, compute, SPACE_HINT).unflatten(0, (n, num_crops))
+
+
+def cache_text_features(config, model, texts, device, dtype):
+    """The text encoder's features of m lists of token ids, (m, d_t), in fp32."""
+    path = Path(config.cache_dir) / f"text-features-{cache_key(model_key(model.text_encoder), dtype, texts)}.npy"
+    note_use(config.run_dir, path)
+    shape = len(texts), model.text_encoder.width
+    return cached_tensor(path, shape, torch.float32, lambda: [text_features(model, texts, device, dtype)], SPACE_HINT)

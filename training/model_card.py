@@ -1,0 +1,90 @@
+"""The model card of a run: training data, encoders, settings, results and limits."""
+
+from pathlib import Path
+
+from config import last_part
+from utils.files import atomic_write
+
+CARD = """---
+library_name: pytorch
+pipeline_tag: zero-shot-image-classification
+tags: [clip, image-text-retrieval]
+---
+
+# CLIP: {image} and {text}
+
+An image encoder and a text encoder that embed pictures and captions in one space of {width} dimensions, trained with the
+symmetric contrastive loss of Radford et al. 2021 (arXiv:2103.00020).
+
+## Data
+
+{train:,} training images with {train_captions:,} captions and {val:,} validation images, from `{data}`. The
+input is the centre crop of each picture, {size} x {size} pixels.
+
+## Encoders
+
+- Image: `{image}`, weights {image_weights}, {image_trained}. Licence of the weights it started from: {image_licence}.
+- Text: `{text}`, weights {text_weights}, {text_trained}, pooled over {pooling}. Licence of the weights it started from:
+  {text_licence}.
+
+{epochs} epochs with a batch size of {batch_size} pairs, seed {seed}; the weights are those of the best epoch on the validation
+images. `config.json` has all settings.
+
+## Results
+
+Recall on the {val:,} validation images, in percent. A random ranking has an R@1 of {chance:.2f} from text to image.
+
+| | R@1 | R@5 | R@10 | median rank |
+|---|---|---|---|---|
+{recalls}
+
+The settings were chosen on these images, so results on others will be a little lower.
+
+## Use
+
+    import clip
+    model, preprocess = clip.load("{run_dir}")
+
+## Limits
+
+It knows what its training captions describe, and little else. It was not tested on people's faces or for decisions about
+people, and it repeats the errors and biases of its data and of the weights it started from.
+"""
+
+
+def write_card(run_dir, config, model, splits, scores):
+    """Writes RUN_DIR/README.md.
+
+    splits: {"train": Split, "val": Split}. scores: of the validation split, from `evaluation.retrieval.recall`.
+    """
+    licence = getattr(model.image_encoder.backbone, "pretrained_cfg", {}).get("license") or "see their source"
+    none = "none, it was initialised randomly"
+    columns = ("R@1", "R@5", "R@10", "median_rank")
+    rows = []
+    for side in ("image_to_text", "text_to_image"):
+        cells = [side.replace("_", " "), *(f"{scores[side][column]:.1f}" for column in columns)]
+        rows.append("| " + " | ".join(cells) + " |")
+    text = CARD.format(
+        image=config.image_encoder,
+        text=last_part(config.text_encoder),
+        width=model.image_projection.projection.out_features,
+        train=len(splits["train"].names),
+        train_captions=len(splits["train"].captions),
+        val=len(splits["val"].names),
+        data=Path(config.data_dir or config.captions_path).name,
+        size=model.image_encoder.size,
+        image_weights=Path(config.image_weights).name,
+        text_weights=config.text_weights,
+        image_trained="frozen" if config.freezes("image") else "trained",
+        text_trained="frozen" if config.freezes("text") else "trained",
+        image_licence=none if config.image_weights == "random" else licence,
+        text_licence=none if config.text_weights == "random" else "see their source",
+        pooling={"first": "the first token", "mean": "all tokens", "last": "the last token"}[model.text_encoder.pooling],
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        chance=100 / len(splits["val"].names),
+        recalls="\n".join(rows),
+        run_dir=Path(run_dir).name,
+    )
+    atomic_write(Path(run_dir) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,108 @@
+"""What is printed and drawn during training and at its end, and the rows of history.csv."""
+
+import math
+import textwrap
+from pathlib import Path
+
+import numpy as np
+
+from config import generated_per_batch
+from embedding import project_and_normalize, text_features, token_ids
+from evaluation.retrieval import recall_table, score
+from training import distributed
+from training.checkpoint import PREVIOUS
+from training.data import split_features
+from training.model_card import write_card
+from utils.plots import draw_curves, draw_grid, draw_matches, draw_similarity
+
+NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.png
+NUM_GENERATED = 16  # in generated.png
+
+
+def validate(model, split, device, dtype):
+    """Recall on a split, as `evaluation.retrieval.recall` gives it."""
+    I_f, T_f = split_features(model, split, device, dtype)
+    return score(model, I_f, T_f, split.image_of_text, device)
+
+
+def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
+    """Prints the data set, the model and the settings."""
+    counts = [f"{len(split.names):,} {name} images ({len(split.captions):,} captions)" for name, split in splits.items()]
+    print(f"{' and '.join(counts)} from {image_dir}; left out: {num_skipped}")
+    if splits["train"].sources:
+        extra = generated_per_batch(config)
+        count = len(splits["train"].sources)
+        print(f"of the train images {count:,} are generated, {extra} in each batch of {config.batch_size}")
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}, {millions:.1f} million parameters")
+    print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
+
+
+def history_row(state, trained, scores, seconds):
+    """A row of history.csv. trained: what `train_epoch` gives; scores: what `recall` gives for the validation split."""
+    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "chance_loss": math.log(state.config.batch_size)}
+    row |= {"temperature": math.exp(-state.model.logit_scale.item()), "lr_scale": trained["lr_scale"]}
+    for direction in ("image_to_text", "text_to_image"):
+        row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
+    return row | {"skipped_steps": trained["skipped_steps"], "rsum": scores["rsum"], "seconds": seconds}
+
+
+def print_epoch(row, epochs, best):
+    """Prints an epoch's results. best: whether it is the best epoch so far, which gets a star."""
+    recalls = [
+        "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
+    ]
+    skipped = row["skipped_steps"]
+    print(
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  loss {row['loss']:.3f} (chance {row['chance_loss']:.3f})  "
+        f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
+        f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s"
+        + (f"  skipped: {skipped} steps whose gradients were not finite in fp16" if skipped else ""),
+        flush=True,
+    )
+
+
+def draw_generated(state, split, device, dtype):
+    """Draws generated.png: generated pictures for some captions of a split."""
+    model, captions = state.scored_model, split.captions[:: max(1, len(split.captions) // NUM_GENERATED)][:NUM_GENERATED]
+    T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
+    pictures = state.joint.pictures(project_and_normalize(model.text_projection, T_f, device))
+    titles = [textwrap.fill(caption, 34) for caption in captions]
+    draw_grid("generated for validation captions", pictures, titles, Path(state.config.run_dir) / "generated.png")
+
+
+def write_report(state, splits, start_rsum, device, dtype):
+    """Scores the best epoch's model again, prints it, and writes curves, examples and the model card.
+
+    start_rsum: sum of recalls of the heads that fine-tuning started from; -1 without such heads.
+    """
+    run_dir, model, history, validation = Path(state.config.run_dir), state.model, state.history, splits["val"]
+    I_f, T_f = split_features(model, validation, device, dtype)
+    scores = score(model, I_f, T_f, validation.image_of_text, device)
+    best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
+    summary = f"best epoch {best['epoch']}" if best["rsum"] > start_rsum else "best before fine-tuning (heads only)"
+    print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
+    print(recall_table(scores))
+    if distributed.is_main_process():
+        draw_curves(history, run_dir / "curves.png")
+        draw_examples(model, validation, I_f, T_f, device, run_dir)
+        write_card(run_dir, state.config, model, splits, scores)
+        (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
+
+
+def draw_examples(model, split, I_f, T_f, device, run_dir):
+    """Draws similarity.png, some images against a caption of each, and matches.png, the best matches of some captions."""
+    images = np.arange(len(split.names))[:: max(1, len(split.names) // NUM_PAIRS)][:NUM_PAIRS]
+    captions_of_image = [np.flatnonzero(split.image_of_text == image) for image in images]
+    rows = [captions[i % len(captions)] for i, captions in enumerate(captions_of_image)]  # not always an image's first caption
+    I_e = project_and_normalize(model.image_projection, I_f, device)
+    T_e = project_and_normalize(model.text_projection, T_f[rows], device)
+    similarity = (T_e @ I_e.T).numpy()  # (NUM_PAIRS, n) cosines
+    captions = [split.captions[row] for row in rows]
+    draw_similarity([split.pictures[i] for i in images], captions, similarity[:, images], run_dir / "similarity.png")
+    searches = []
+    for caption, cosines, image in list(zip(captions, similarity, images))[:NUM_QUERIES]:
+        best = np.argsort(-cosines, kind="stable")[:NUM_MATCHES]
+        right = int(np.flatnonzero(best == image)[0]) if image in best else None
+        searches.append((caption, [split.pictures[i] for i in best], [f"{cosines[i]:.2f}" for i in best], right))
+    draw_matches(searches, run_dir / "matches.png")

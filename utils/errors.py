@@ -1,0 +1,93 @@
+"""Turn user mistakes, SIGTERM, out-of-memory and lost processes into clear messages."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import sys
+import threading
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """Something the user can fix: one line that names the value, the place and the fix."""
+
+    def __str__(self):
+        return "".join(c if c.isprintable() else " " for c in super().__str__())  # file names may have control characters
+
+
+def run_command(main):
+    """Calls main(); a `UserError` or a failing file ends the program with one line and exit status 2, Ctrl-C with 130.
+
+    A closed output pipe, as after `| head`, ends it with status 1 and no message. Characters that the output's encoding
+    lacks (cp1252 on Windows has no Japanese) are replaced.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    try:
+        try:
+            main()
+        finally:
+            sys.stdout.flush()  # now, because an error while Python exits cannot be caught
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the remaining output
+        sys.exit(1)
+    except OSError as error:
+        if not error.filename:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; fix that, then run the command again", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as interrupt:
+        print(f"\nstopped; {interrupt}" if interrupt.args else "\nstopped", file=sys.stderr)
+        sys.exit(130)
+
+
+TERMINATED = 128 + signal.SIGTERM  # exit status of a process that was ended by this signal, as schedulers expect
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory", re.IGNORECASE)
+PEER_GONE = re.compile("closed by peer|reset by peer|Broken pipe", re.IGNORECASE)  # gloo's messages; nccl raises dist.DistError
+
+
+@contextlib.contextmanager
+def at_sigterm(action):
+    """A context in which SIGTERM only calls action()."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may handle signals
+        yield
+        return
+    previous_handler = signal.signal(signal.SIGTERM, lambda *_: action())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous_handler)
+
+
+def exit_terminated():
+    """Ends the program with an exception, as Ctrl-C does, so that half-written files are removed."""
+    sys.exit(TERMINATED)
+
+
+def to_user_error(error, config):
+    """A RuntimeError of torch -> a UserError that says what happened and what to do, or the same error if it is unknown."""
+    reason = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(reason):
+        num_pairs = config.micro_batch_size or config.batch_size
+        flag = "--batch-size" if config.gan == "joint" else "--micro-batch-size"
+        smaller = next((n for n in range(num_pairs // 2, 0, -1) if num_pairs % n == 0), 1)  # equal micro-batches
+        return UserError(
+            f"out of memory with {num_pairs} pairs at once on --device {config.device}; the last checkpoint is kept: use "
+            f"--resume with {flag} {smaller}"
+        )
+    if "DataLoader worker" in reason:
+        return UserError(
+            f"a data loader worker was killed ({reason.splitlines()[0]}); the last checkpoint is kept: use --resume, with "
+            "fewer --num-workers if memory ran out"
+        )
+    if dist.is_initialized() and (isinstance(error, dist.DistError) or PEER_GONE.search(reason)):
+        return UserError(f"process {dist.get_rank()}: another process has ended; see its message for the reason")
+    return error

@@ -1,0 +1,112 @@
+"""Atomic writes: files and folders appear complete or not at all."""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from pathlib import Path
+
+from utils.errors import UserError
+
+REPLACE_TIMEOUT = 5  # seconds; on Windows a virus scanner or a spreadsheet may keep a file open
+LEFTOVER_AGE = 24 * 3600  # seconds after which an unfinished file of another machine counts as abandoned
+HOST = re.sub(r"[^\w-]", "_", platform.node())
+CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
+
+
+def temporary_path(path):
+    """Where a file or folder is written before it is renamed to `path`; the name says which process writes it."""
+    return path.with_name(f"{path.name}.{HOST}-{os.getpid()}.tmp")
+
+
+def remove_leftovers(folder):
+    """Removes unfinished files of processes that have ended, in a folder and those below it."""
+    for path in Path(folder).rglob("*.tmp"):
+        writer = re.search(r"\.([\w-]+)-(\d+)\.tmp$", path.name)
+        try:
+            if writer and writer[1] == HOST and os.name != "nt":  # on Windows os.kill(pid, 0) would end it
+                abandoned = not is_running(int(writer[2]))
+            else:
+                abandoned = time.time() - path.stat().st_mtime > LEFTOVER_AGE
+            if abandoned and path.is_dir():
+                shutil.rmtree(path)
+            elif abandoned:
+                path.unlink()
+        except OSError:  # already removed, or another user's
+            continue
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's process
+        return True
+    return True
+
+
+def replace(source, target):
+    """os.replace; on Windows it retries for REPLACE_TIMEOUT while another program keeps a file open."""
+    deadline = time.monotonic() + REPLACE_TIMEOUT
+    while True:
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            if os.name != "nt" or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
+def atomic_write(path, write, backup=None):
+    """Calls write(temporary_path) and renames the result to `path` once it is on disk.
+
+    A reader finds the old file or the new one, even if the process is killed. backup: a path to which the old file is renamed
+    first; for a moment there is then none at `path`.
+    Raises UserError where the disk is full or the folder is not writable.
+    """
+    path = Path(path)
+    temporary = temporary_path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        if backup and path.exists():
+            replace(path, backup)
+        replace(temporary, path)
+    except OSError as error:
+        if error.errno not in CANNOT_WRITE:
+            raise
+        raise UserError(f"{path}: cannot be written ({error.strerror}); free space, or name another place") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_dir(folder):
+    """A temporary folder to write into, which replaces `folder` at the end; after an error `folder` is unchanged."""
+    temporary, backup = temporary_path(folder), temporary_path(folder.with_name(f"{folder.name}-before"))
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        if folder.exists():
+            replace(folder, backup)
+        try:
+            replace(temporary, folder)
+        except OSError:
+            if backup.exists():
+                replace(backup, folder)
+            raise
+        shutil.rmtree(backup, ignore_errors=True)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path, value):
+    """Writes plain values as a JSON file, atomically."""
+    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))

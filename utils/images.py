@@ -1,0 +1,191 @@
+"""Read image files, and cache the decoded images.
+
+An image is an RGB uint8 array, (height, width, 3), whose shorter side is the image encoder's input size. It is normalised
+later, in `modules.ImageEncoder`, on the encoder's device.
+"""
+
+import os
+
+MAX_PIXELS = 200_000_000  # larger images are not decoded, to limit memory
+os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)  # read when OpenCV is imported
+
+import shutil
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from utils.cache import cache_key, file_stats, require_space
+from utils.errors import UserError
+from utils.files import replace, temporary_path
+
+HEIC_ENDINGS = {".heic", ".heif"}
+PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"} | HEIC_ENDINGS
+MAX_ASPECT_RATIO = 3  # of the longer to the shorter side; more is cut off evenly at both ends
+# How images are preprocessed for evaluation; part of cache keys.
+VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, OpenCV {cv2.__version__}"
+PREFETCH = 256  # images decoded ahead
+NUM_SHOWN = 3  # bad images listed in an error
+
+cv2.setNumThreads(0)  # its threads would compete with torch's for the cores; we use one thread per image instead
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we report broken files ourselves
+
+
+def resize_image(image, size):
+    """(h, w, 3) uint8 -> resized: the shorter side is `size` pixels, the longer at most MAX_ASPECT_RATIO times that."""
+    height, width = image.shape[:2]
+    max_side = MAX_ASPECT_RATIO * min(height, width)
+    top, left = max(0, height - max_side) // 2, max(0, width - max_side) // 2
+    image = image[top : top + max_side, left : left + max_side]
+    scale = size / min(height, width)
+    shape = [max(size, round(side * scale)) for side in (image.shape[1], image.shape[0])]
+    # INTER_AREA avoids aliasing when shrinking, but gives visible blocks when enlarging.
+    return cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def center_crop(image, size):
+    """The centre (size, size, 3) of an image whose shorter side is `size`."""
+    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[top : top + size, left : left + size]
+
+
+def read_image(path, size):
+    """Reads an image file, applies its EXIF rotation and resizes it with `resize_image`.
+
+    Raises ValueError or OSError where it cannot be decoded.
+    """
+    if Path(path).suffix.lower() in HEIC_ENDINGS:
+        return resize_image(read_heic(path), size)
+    data = np.fromfile(path, dtype=np.uint8)  # not cv2.imread, which fails for non-ASCII names on Windows
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+    except cv2.error as error:
+        too_large = "CV_IO_MAX_IMAGE" in str(error)
+        raise ValueError(f"has more than {MAX_PIXELS:,} pixels" if too_large else "cannot be decoded by OpenCV") from None
+    if image is None:
+        raise ValueError("empty, truncated or not a picture")
+    return resize_image(image, size)
+
+
+def read_heic(path):
+    """Reads a HEIC image, as phones write them: (h, w, 3) uint8, EXIF rotation applied.
+
+    Raises ValueError or OSError where it cannot be decoded.
+    """
+    try:
+        import pillow_heif  # only here: it is optional
+    except ImportError:
+        raise ValueError("HEIC pictures need pillow-heif: pip install pillow-heif") from None
+    pillow_heif.register_heif_opener()
+    try:
+        with Image.open(path, formats=["HEIF"]) as picture:  # only this decoder: the file could be of any format
+            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    except (Image.DecompressionBombError, SyntaxError) as error:
+        raise ValueError(str(error)) from None
+
+
+def read_images(paths, size, num_workers=0):
+    """Yields (image, None) or (None, what is wrong) for each path; threads decode PREFETCH images ahead."""
+
+    def read(path):
+        try:
+            return read_image(path, size), None
+        except (ValueError, OSError) as error:
+            return None, f"{path}: {error}"
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        pending = deque()
+        for path in paths:
+            pending.append(pool.submit(read, path))
+            if len(pending) == PREFETCH:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+class DecodedImages:
+    """Images of different shapes in one memory-mapped file: len(images), images[i] -> (h, w, 3) uint8.
+
+    folder: holds pixels.bin and shapes.npy, (n, 2) heights and widths, 0 for an image that could not be read.
+    Raises ValueError where their sizes do not match.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.shapes = np.load(folder / "shapes.npy")
+        self.ends = np.cumsum(self.shapes[:, 0] * self.shapes[:, 1] * 3)
+        if (folder / "pixels.bin").stat().st_size != self.ends[-1]:
+            raise ValueError(f"{folder}: truncated")
+        self.pixels = np.memmap(folder / "pixels.bin", mode="r", dtype=np.uint8)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def __reduce__(self):  # loader workers map the file themselves instead of receiving its contents
+        return DecodedImages, (self.folder,)
+
+    def __getitem__(self, i):
+        height, width = self.shapes[i]
+        return self.pixels[self.ends[i] - height * width * 3 : self.ends[i]].reshape(height, width, 3)
+
+
+def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_to_come=0):
+    """Decodes and resizes each image once, into a cache; changed files are decoded again.
+
+    bytes_to_come: further bytes that will be written to the cache later; the space for them is checked, too.
+    Returns (images, bad): DecodedImages, and {position: what is wrong} of the unreadable images.
+    Raises UserError for such an image unless skip_bad, and where the cache has too little space or cannot be written.
+    """
+    folder = Path(cache_dir) / f"images-{cache_key(VIEW, size, file_stats(paths), skip_bad)}"
+    try:
+        images = DecodedImages(folder)
+        if len(images) != len(paths):
+            raise ValueError(f"{folder}: for other images")
+    except (OSError, ValueError, EOFError):
+        shutil.rmtree(folder, ignore_errors=True)
+        require_space(cache_dir, len(paths) * size * size * 3 + bytes_to_come, "lower --size")
+        write_decoded(folder, paths, size, num_workers, skip_bad)
+        images = DecodedImages(folder)
+    bad = {int(i): f"{paths[i]}: empty, truncated or not a picture" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
+    return images, bad
+
+
+def write_decoded(folder, paths, size, num_workers, skip_bad):
+    """Writes the folder of a DecodedImages; on failure it leaves nothing behind."""
+    temporary = temporary_path(folder)
+    gigabytes = len(paths) * size * size * 1.4 * 3 / 1e9  # most photos have an aspect ratio of about 1.4
+    print(f"decoding {len(paths):,} pictures into {folder.parent} (about {gigabytes:.2f} GB)")
+    shapes, bad = [], []
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with open(temporary / "pixels.bin", "wb") as pixels:
+            progress = tqdm(
+                read_images(paths, size, num_workers), total=len(paths), desc="decoding", leave=False, unit="img", disable=None
+            )
+            for image, problem in progress:
+                shapes.append((0, 0) if image is None else image.shape[:2])
+                bad += [problem] if problem else []
+                pixels.write(b"" if image is None else image.tobytes())
+        if bad and not skip_bad:
+            more = f" and {len(bad) - NUM_SHOWN} more" if len(bad) > NUM_SHOWN else ""
+            raise UserError(f"{'; '.join(bad[:NUM_SHOWN])}{more}; fix or remove it, or pass --skip-bad")
+        if len(bad) == len(paths):
+            raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
+        np.save(temporary / "shapes.npy", np.array(shapes, dtype=np.int64))
+        replace(temporary, folder)
+    except OSError as error:
+        if folder.is_dir():  # another process has just written the same images
+            return
+        raise UserError(f"--cache-dir {folder.parent}: cannot be written ({error.strerror}); name another folder") from None
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def as_batch(images):
+    """n images, (size, size, 3) uint8 -> (n, 3, size, size) uint8, channels last in memory: fastest for convolutions."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

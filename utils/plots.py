@@ -1,0 +1,132 @@
+"""Plots: training curves, similarity and confusion matrices, grids of search results."""
+
+import os
+import sys
+import textwrap
+
+import cv2
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from utils.files import atomic_write
+
+MAX_NAMES = 60  # with more classes, a confusion matrix has no class names
+DARK, GREEN, GREY = "#333333", "#2e8b57", "#999999"
+
+
+def has_display():
+    """True where a window can open."""
+    on_screen = sys.platform in ("win32", "darwin") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    return on_screen and matplotlib.get_backend().lower() not in ("agg", "svg", "pdf", "ps")
+
+
+def save(figure, path, show=False):
+    """Writes a PNG. show: also open a window, if there is a display."""
+    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
+    if show and has_display():
+        plt.show()
+    plt.close(figure)
+
+
+def draw_curves(history, path):
+    """history: a list of dicts, one per epoch, with the columns of history.csv."""
+    epochs = [row["epoch"] for row in history]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    left.plot(epochs, [row["loss"] for row in history], color=DARK, label="training loss")
+    left.plot(epochs, [row["chance_loss"] for row in history], "--", color=GREY, label="ln(batch): chance")
+    left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
+    left.legend(frameon=False)
+    for direction, style in (("text_to_image", "-"), ("image_to_text", "--")):
+        for k, color in zip((1, 5, 10), ("#1f4e9c", "#2e8b57", "#d2691e")):
+            values = [row[f"{direction}_R@{k}"] for row in history]
+            right.plot(epochs, values, style, color=color, label=f"{direction.replace('_', ' ')} R@{k}")
+    right.set(xlabel="epoch", ylabel="validation recall (%)", ylim=(0, 100))
+    right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    save(figure, path)
+
+
+def draw_similarity(pictures, captions, similarity, path):
+    """The paper's figure of pictures against captions.
+
+    pictures: n (h, w, 3) arrays; captions: their n captions; similarity: (n, n) cosines, one row per caption.
+    """
+    n = len(pictures)
+    figure, axes = plt.subplots(figsize=(1.1 * n + 4.5, 1.0 * n + 1.5))
+    axes.imshow(similarity, cmap="viridis", aspect="auto")
+    midpoint = (similarity.min() + similarity.max()) / 2
+    for row in range(n):
+        for column in range(n):
+            color = "white" if similarity[row, column] < midpoint else "black"
+            axes.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", color=color, fontsize=9)
+    axes.set_yticks(range(n), [textwrap.fill(caption, 44) for caption in captions], fontsize=8)
+    axes.set_xticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for column, picture in enumerate(pictures):
+        inset = axes.inset_axes([column - 0.48, -1.56, 0.96, 1.0], transform=axes.transData)
+        inset.imshow(picture)
+        inset.axis("off")
+    save(figure, path)
+
+
+def draw_confusion(names, counts, path):
+    """A confusion matrix: names of c classes; counts, (c, c), one row per true class, one column per predicted class."""
+    c = len(names)
+    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)  # each row sums to 1
+    side = min(14, max(4, 0.32 * c))
+    figure, axes = plt.subplots(figsize=(side + 2, side + 1.5))
+    image = axes.imshow(fractions, cmap="viridis", vmin=0, vmax=1)
+    figure.colorbar(image, fraction=0.04, pad=0.02, label="share of the true class's pictures")
+    axes.set(xlabel="answer", ylabel="true class")
+    if c <= MAX_NAMES:
+        axes.set_xticks(range(c), names, rotation=90, fontsize=8)
+        axes.set_yticks(range(c), names, fontsize=8)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    save(figure, path)
+
+
+def draw_row(axes, pictures, titles, correct=None):
+    """Pictures side by side, each under its title; the correct one, at position `correct`, is framed."""
+    for i, axis in enumerate(axes):
+        if i >= len(pictures):
+            axis.axis("off")
+            continue
+        axis.imshow(pictures[i])
+        axis.set_title(titles[i], fontsize=8, color=GREEN if i == correct else DARK)
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set(visible=i == correct, color=GREEN, linewidth=3)
+
+
+def draw_grid(query, pictures, titles, path, show=False):
+    """The matches of one query: pictures, (h, w, 3) arrays, best first, in a nearly square grid."""
+    columns = int(np.ceil(np.sqrt(len(pictures))))
+    rows = int(np.ceil(len(pictures) / columns))
+    figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows + 0.6), squeeze=False, layout="constrained")
+    figure.suptitle(textwrap.fill(query, 26 * columns), fontsize=13)
+    for row in range(rows):
+        chosen = slice(row * columns, (row + 1) * columns)
+        draw_row(axes[row], pictures[chosen], titles[chosen])
+    save(figure, path, show)
+
+
+def overlay(picture, heat):
+    """A heat map, (s, s) of 0 to 1, over a picture, (h, w, 3) uint8: warm colours where it is high, nearly grey elsewhere."""
+    heat = cv2.resize(heat.astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC).clip(0, 1)[..., None]
+    grey = 0.6 * picture.mean(axis=2, keepdims=True) + 0.4 * picture
+    warm = 255 * matplotlib.colormaps["inferno"](heat[..., 0])[..., :3]
+    return (grey * (1 - 0.6 * heat) + warm * 0.6 * heat).round().astype(np.uint8)
+
+
+def draw_matches(searches, path):
+    """Several queries, one row each. searches: a list of (query, pictures, titles, position of the correct one or None)."""
+    columns = max(len(pictures) for _, pictures, _, _ in searches)
+    figure = plt.figure(figsize=(1.9 * columns, 2.35 * len(searches)), layout="constrained")
+    for subfigure, (query, pictures, titles, correct) in zip(figure.subfigures(len(searches), 1, squeeze=False).flat, searches):
+        subfigure.suptitle(query, fontsize=10, x=0.01, ha="left")
+        draw_row(subfigure.subplots(1, columns, squeeze=False)[0], pictures, titles, correct)
+    save(figure, path)
