@@ -32,20 +32,18 @@ from utils.plots import draw_grid, overlay
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
 
 
-def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False, explain=None):
+def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
     """The n pictures that match a query best, as [(filename, score)], best first.
 
     image_embeddings: (N, d_e), L2-normalised, or their `search.index.Graph`. query: a text, or a `search.queries.Query`.
     image_filenames: N paths. Scores are cosines, -1 to 1; where n is larger than N there are N matches.
-    output: a PNG to draw the matches into; show opens a window with it. explain: maps (path, query embedding) to the picture to
-    draw.
+    output: a PNG to draw the matches into; show opens a window with it.
     Raises UserError for an empty query.
     """
     query = Query((query,)) if isinstance(query, str) else query
-    embedding = query.embed(model)  # (d_e,)
-    matches = best_matches(image_embeddings, embedding, image_filenames, n)
+    matches = best_matches(image_embeddings, query.embed(model), image_filenames, n)
     if output:
-        draw_matches(str(query), matches, output, show, explain and (lambda path: explain(path, embedding)))
+        draw_matches(str(query), matches, output, show)
     return matches
 
 
@@ -120,34 +118,35 @@ def search(
     gallery = open_gallery(model, files, images or None, cache_dir, device, dtype, num_workers, exact)
     print(f"{len(gallery.paths):,} pictures, {run}")
     if query:
-        heat = partial(heat_map, model, device, dtype) if explain else None
+        heat = partial(heat_map, model, embedding, device, dtype) if explain else None
         answer = answer_text(model, gallery, query, n, output, heat)
     elif image:
         captions = embed_captions(model, run, cache_dir, device, dtype)
         answer = answer_picture(gallery, captions, image, embedding, n, output)
     else:
-        answer = answer_lines(model, gallery, lines, n)
+        answer = answer_lines(gallery, lines, embedding, n)
     return write_answer(json_path, answer)
 
 
-def answer_text(model, gallery, query, n, output, explain):
+def answer_text(model, gallery, query, n, output, read_picture):
     """Prints and draws the pictures that match a `Query`. Returns {"query", "matches"}."""
-    matches = find_matches(model, gallery.searched, query, gallery.paths, n, output, show=True, explain=explain)
+    matches = find_matches(model, gallery.searched, query, gallery.paths, n)
     print(f"{str(query)!r}:")
     print_matches(matches)
+    draw_matches(str(query), matches, output, show=True, read_picture=read_picture)
     print(f"drawn in {output}")
     return {"query": str(query), "matches": as_records(matches)}
 
 
-def answer_lines(model, gallery, lines, n):
-    """Prints the pictures that match each line of a file. Returns {"queries": [{"query", "matches"}]}."""
-    answers = []
-    for line in dict.fromkeys(lines):  # each once
-        matches = find_matches(model, gallery.searched, line, gallery.paths, n)
+def answer_lines(gallery, lines, embeddings, n):
+    """Prints the pictures that match each of m lines, (m, d_e) when embedded. Returns {"queries": [{"query", "matches"}]}."""
+    answers = {}
+    for line, embedding in zip(lines, embeddings):
+        answers[line] = best_matches(gallery.searched, embedding, gallery.paths, n)
+    for line, matches in answers.items():
         print(f"{line!r}:")
         print_matches(matches)
-        answers.append({"query": line, "matches": as_records(matches)})
-    return {"queries": answers}
+    return {"queries": [{"query": line, "matches": as_records(matches)} for line, matches in answers.items()]}
 
 
 def answer_picture(gallery, captions, image, embedding, n, output):
@@ -186,7 +185,7 @@ def write_answer(json_path, answer):
         write_json(json_path, answer)
 
 
-def heat_map(model, device, dtype, path, embedding):
+def heat_map(model, embedding, device, dtype, path):
     """The centre crop of a picture file under the heat map of what matches a query's embedding, (d_e,)."""
     size = model.image_encoder.size
     heat = occlusion_map(model, center_crop(read_image(path, size), size), embedding, device, dtype)

@@ -86,7 +86,7 @@ def cached_tensor(path, shape, dtype, compute, remedy="delete what is in it"):
         return torch.from_numpy(array).view(dtype)
 
     def write(temporary):
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file:  # not a memory map, which kills the process where the disk is full
             header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": tuple(shape)}
             np.lib.format.write_array_header_1_0(file, header)
             for block in compute():
