@@ -217,7 +217,7 @@ def serve(
         cache_dir: folder where embeddings are cached
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 where native, else fp32
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
     """
     run = run or newest_run()
     model, device, dtype = open_model(run, device, precision)

@@ -41,7 +41,7 @@ def mentions_left_or_right(caption):
 
 
 def find_captions(data_dir):
-    """The captions file of a data folder. Raises UserError where there is none, or more than one."""
+    """The captions file of a data folder: the first of CAPTION_FILES, else its only .csv. Raises UserError otherwise."""
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
         raise UserError(f"{data_dir}: no such folder; --data-dir must be a folder with Images/ and a captions file")

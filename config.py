@@ -21,7 +21,7 @@ class Config:
     data_dir: str = ""  # folder with Images/ and a captions file; empty: where Flickr8k is usually found
     image_path: str = ""  # folder of the images, where it is not in data_dir
     captions_path: str = ""  # captions file, where it is not in data_dir
-    download: bool = False  # fetch Kaggle's Flickr8k first (needs a network)
+    download: bool = False  # download Kaggle's Flickr8k if it is not found (needs a network)
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping; listed in skipped.txt
     cache_dir: str = ".cache"  # folder for decoded pictures and features of frozen encoders
     num_workers: int = 4  # processes that crop while the encoders compute, and threads that decode pictures
@@ -34,7 +34,7 @@ class Config:
     image_width: int = 192  # features per patch, for vit and mixer; channels after the stem, for modified_resnet
     image_layers: int = 6  # layers, for vit and mixer; blocks in each of four stages, for modified_resnet
     image_heads: int = 3  # attention heads per layer, for vit
-    text_encoder: str = "distilbert-base-uncased"  # Hugging Face name or folder; clip; a model type if weights are random
+    text_encoder: str = "distilbert-base-uncased"  # Hugging Face name or folder; clip; if random, a model type
     text_weights: Literal["pretrained", "random"] = "pretrained"  # random: from scratch, sized by the next four
     text_width: int = 768  # features per token
     text_layers: int = 6  # layers
@@ -43,7 +43,7 @@ class Config:
     max_length: int = 200  # tokens; longer captions are cut
     pooling: Literal["auto", "first", "mean", "last"] = "auto"  # caption feature; auto: last token if causal, else mean
     image_feature_stages: str = ""  # stages whose mean outputs are added to the image features, as blocks.5,blocks.6
-    text_feature_layers: int = 1  # last layers of the text encoder whose pooled outputs are its features
+    text_feature_layers: int = 1  # how many of the last layers are pooled and concatenated as text features
     freeze: Literal["none", "image", "text", "both"] = "none"  # encoders that are not trained; their features are cached
     image_unfreeze_from: str = ""  # train the image encoder from this stage on; the outputs below it are cached
     cached_crops: int = 4  # random crops per training image that a frozen part sees; 1: its centre crop
@@ -109,7 +109,7 @@ RANGES = {  # (what a value must be, whether it is): settings
     ("above 0 and at most 1", lambda value: 0 < value <= 1): "crop factor",
     ("above 0 and below 1", lambda value: 0 < value < 1): "extra_fraction",
 }
-FIXED_IN_A_RUN = (  # what makes the model and its input, which a resumed run keeps; weight files may lie elsewhere by then
+FIXED_IN_A_RUN = (  # what defines the model and its input, which a resumed run keeps; no paths, as files may have moved
     *("image_encoder", "size", "patch_size", "image_width", "image_layers", "image_heads"),
     *("text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
     *(
@@ -246,16 +246,17 @@ PRESETS = {
 }
 DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
 
-Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained), fast and best (EfficientNet-Lite2 and MiniLM, on
-two CPU cores in 3 and about 45 minutes: the heads, and then the text encoder and half of the image encoder), fast-resnet50 and
-best-resnet50 (the same with flickr8k's encoders) and openai (fine-tunes one of OpenAI's models).
+Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained); fast (EfficientNet-Lite2 and MiniLM, both frozen,
+only the heads are trained: 3 minutes on two CPU cores); best (the same encoders; after the heads also the text encoder and the
+last stages of the image encoder are trained: about 45 minutes); fast-resnet50 and best-resnet50 (the same with flickr8k's
+encoders); openai (fine-tunes one of OpenAI's models).
 Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text encoder reads from left
 to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
 With no preset: flickr8k where its pictures are found, else shapes."""
 
 
 def is_openai(config):
-    """True where both encoders, and so the whole model, are OpenAI's."""
+    """Whether the model has one of OpenAI's architectures; its weights may be random."""
     return config.image_encoder in OPENAI and config.text_encoder == "clip"
 
 
@@ -288,7 +289,7 @@ def parse_config(arguments, default_preset):
 
 
 def resolve_defaults(config):
-    """The Config with what is left open: epochs, images per step and head rate that fit what is trained, OpenAI's own widths.
+    """The Config with defaults filled in: epochs, batch size, head learning rate, and the sizes of OpenAI's models.
 
     Over cached features an epoch takes a fraction of a second and a step of 1000 pairs little memory, and heads alone
     bear a larger rate.
@@ -307,16 +308,16 @@ def resolve_defaults(config):
 
 
 def trains_heads_first(config):
-    """Whether new heads are trained before the encoders are: where those are pretrained and not frozen anyway."""
+    """Whether heads with random weights are first trained alone: on pretrained encoders that are not both frozen."""
     new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
     return config.heads_first and new_heads and config.freeze != "both"
 
 
 def heads_config(config, num_images):
-    """The Config that trains the heads alone, in RUN_DIR/heads, before a run. num_images: for training."""
+    """The Config that trains the heads alone, in RUN_DIR/heads, before a run. num_images: real ones for training."""
     run_dir = Path(config.run_dir) / "heads"
     config = replace(config, resume=config.resume if (run_dir / "config.json").exists() else "no", run_dir=str(run_dir))
-    config = replace(config, freeze="both", image_unfreeze_from="", gan="none", cached_crops=1, hflip=False)
+    config = replace(config, freeze="both", image_unfreeze_from="", gan="none", extra_data="", cached_crops=1, hflip=False)
     config = replace(config, captions_per_image=1, micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)
     config = resolve_defaults(config)
     return replace(config, batch_size=min(config.batch_size, num_images))

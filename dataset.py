@@ -59,7 +59,7 @@ class CLIPDataset(Dataset):
 
 
 class PairSampler:
-    """Batches of (image, captions, seed) for one epoch: every image at most once, with some of its captions.
+    """The batches of one epoch, lists of (image, captions, seed): a real image at most once, with some of its captions.
 
     captions_of: for each image the positions of its captions; captions_per_image of them are drawn, without replacement where
     there are enough. Images that do not fill the last batch are left out of the epoch, because a smaller batch would be an
@@ -122,7 +122,7 @@ class PairSampler:
                     f"--extra-data: a batch needs {self.generated} generated pictures with other captions than its {real} real "
                     f"ones, but only {len(batch) - real} of {len(self.sources)} fit; generate more, or lower --extra-fraction"
                 )
-            batches.append(rng.permutation(batch))  # so that all micro-batches have both kinds
+            batches.append(rng.permutation(batch))  # mixes real and generated images over the micro-batches
         return np.concatenate(batches)
 
 

@@ -45,7 +45,7 @@ def embed_split(run, data_paths, split, skip_bad, num_workers, device, precision
 
 
 def select_rows(run, data_paths, split, skip_bad):
-    """The captions of a split without those of training images. run, data_paths: as for `embed_split`.
+    """The captions of a split; val and test without images that the run was trained on. run, data_paths: as for `embed_split`.
 
     Returns (table, image_dir, number of unusable rows that were left out). Raises UserError if the table would be empty.
     """
@@ -104,7 +104,7 @@ def retrieval(
         skip_bad: leave out unusable rows and pictures instead of stopping
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 where native, else fp32
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
         json_path: file for the scores
     """
     data_paths = data_dir, image_path, captions_path
@@ -145,7 +145,7 @@ def match(
         skip_bad: leave out unusable rows and pictures instead of stopping
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 where native, else fp32
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
         output: PNG file for the similarity matrix of some images and captions
         json_path: file for the scores
     """

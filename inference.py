@@ -94,7 +94,7 @@ def search(
         cache_dir: folder where embeddings are kept for the next query
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 where native, else fp32
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
     """
     if n < 1:
         raise UserError(f"--n {n}: must be 1 or more")
@@ -140,13 +140,13 @@ def answer_text(model, gallery, query, n, output, read_picture):
 
 def answer_lines(gallery, lines, embeddings, n):
     """Prints the pictures that match each of m lines, (m, d_e) when embedded. Returns {"queries": [{"query", "matches"}]}."""
-    answers = {}
+    answers = []
     for line, embedding in zip(lines, embeddings):
-        answers[line] = best_matches(gallery.searched, embedding, gallery.paths, n)
-    for line, matches in answers.items():
+        matches = best_matches(gallery.searched, embedding, gallery.paths, n)
         print(f"{line!r}:")
         print_matches(matches)
-    return {"queries": [{"query": line, "matches": as_records(matches)} for line, matches in answers.items()]}
+        answers.append({"query": line, "matches": as_records(matches)})
+    return {"queries": answers}
 
 
 def answer_picture(gallery, captions, image, embedding, n, output):
@@ -186,7 +186,7 @@ def write_answer(json_path, answer):
 
 
 def heat_map(model, embedding, device, dtype, path):
-    """The centre crop of a picture file under the heat map of what matches a query's embedding, (d_e,)."""
+    """The centre crop of a picture, with a heat map over it of what matches a query's embedding, (d_e,)."""
     size = model.image_encoder.size
     heat = occlusion_map(model, center_crop(read_image(path, size), size), embedding, device, dtype)
     return overlay(center_crop(read_image(path, GRID_PIXELS), GRID_PIXELS), heat)

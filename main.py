@@ -35,7 +35,7 @@ from utils.files import remove_leftovers
 
 
 def train(config):
-    """Trains as a Config says, from captions file to run folder, and returns the model of the best epoch."""
+    """A whole run: reads the data, trains, writes the run folder. Returns the model of the best epoch."""
     device, dtype = set_up(config)
     run_dir = Path(config.run_dir)
     table, image_dir, skipped = read_table(config)
@@ -46,13 +46,13 @@ def train(config):
         bytes_to_come = activation_bytes(config, model.image_encoder, table, dtype)
         splits, bad = load_splits(config, table, image_dir, model, bytes_to_come)
     print_setup(config, model, splits, image_dir, len(skipped) + len(bad), device, dtype)
-    with distributed.main_process_first():  # the others see no earlier run
+    with distributed.main_process_first():  # the other processes wait until an earlier run's folder is renamed
         if config.resume == "no":
             start_run(config, model, table, skipped + bad)
 
     if trains_heads_first(config) and not has_checkpoint(run_dir):
         print("heads first: only the projection heads are trained, on features from the two frozen encoders")
-        model.load_state_dict(train(heads_config(config, len(splits["train"].names))).state_dict())
+        model.load_state_dict(train(heads_config(config, splits["train"].num_real)).state_dict())
         if distributed.is_main_process():
             save_weights(model, run_dir)  # the best so far; fine-tuning may not improve on it
     model.to(device, memory_format=torch.channels_last)
@@ -102,7 +102,7 @@ def set_up(config):
 
 def main():
     flickr8k_dir = flickr8k.find()
-    config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir else "shapes")
+    config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir or "--download" in sys.argv else "shapes")
     config = replace(config, device=distributed.init_distributed(config.device))
     if distributed.size() > config.batch_size:
         raise UserError(f"--batch-size {config.batch_size}: fewer than the {distributed.size()} processes of torchrun")

@@ -71,7 +71,7 @@ def sts(
         run: run folder, or one of OpenAI's names
         file: STS files: STS-B's, or tables of score, sentence, sentence
         device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 where native, else fp32
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
         json_path: file for the scores
     """
     if not file:

@@ -124,7 +124,7 @@ def zeroshot(
         skip_bad: skip pictures that cannot be decoded instead of stopping
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 where native, else fp32
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
         output: PNG file for the confusion matrix
         json_path: file for the scores
     """

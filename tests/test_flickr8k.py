@@ -42,9 +42,10 @@ def test_download_trains_on_what_kagglehub_fetched(monkeypatch):
     kagglehub(monkeypatch, lambda name: f"/fetched/{name}")
     trained = []
     monkeypatch.setattr(main, "train", trained.append)
-    monkeypatch.setattr(sys, "argv", ["main.py", "flickr8k", "--download"])
-    main.main()
-    assert trained[0].data_dir == "/fetched/adityajn105/flickr8k"
+    for words in (["flickr8k", "--download"], ["--download"]):
+        monkeypatch.setattr(sys, "argv", ["main.py", *words])
+        main.main()
+    assert [config.data_dir for config in trained] == ["/fetched/adityajn105/flickr8k"] * 2
 
 
 def test_without_a_network_it_says_what_to_do_by_hand(monkeypatch):

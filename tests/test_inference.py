@@ -180,12 +180,12 @@ def test_where_the_data_set_is_gone_a_picture_has_no_captions_and_is_still_searc
 
 
 def test_a_file_of_queries_is_answered_line_by_line(run, tmp_path):
-    (tmp_path / "queries.txt").write_text("a red circle\n\na blue star\n")
+    (tmp_path / "queries.txt").write_text("a red circle\n\na blue star\na red circle\n")
     search(
         "--query-file", tmp_path / "queries.txt", "--run", run, "--n", "2", "--cache-dir", tmp_path, "--json", tmp_path / "f"
     )
     found = json.loads((tmp_path / "f").read_text())["queries"]
-    assert [row["query"] for row in found] == ["a red circle", "a blue star"]
+    assert [row["query"] for row in found] == ["a red circle", "a blue star", "a red circle"]
     assert all(len(row["matches"]) == 2 for row in found)
 
 

@@ -108,6 +108,25 @@ def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkey
     assert [[row[c] for c in columns] for row in whole["history"]] == [[row[c] for c in columns] for row in halves["history"]]
 
 
+def test_an_average_of_the_weights_that_begins_on_resume_begins_with_the_weights(small_flags, tmp_path):
+    """The checkpoint is that of an epoch's last step, after which nothing moves the average before it is scored."""
+    train(small_flags(epochs=1))
+    saved = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    config, _ = parse_config(small_flags(epochs=2, resume="yes", ema_decay=0.9), "shapes")
+    table, image_dir, _ = main.read_table(config)
+    model = clip.create_model(config, table["caption"][table["split"] == "train"])
+    splits, _ = main.load_splits(config, table, image_dir, model, 0)
+    state = main.create_state(config, model, splits, torch.device("cpu"), torch.float32)
+    state.restore()
+    assert_equal_weights(saved["model"], state.scored_model.state_dict())
+
+
+def test_the_heads_are_first_trained_without_generated_pictures():
+    config = Config(extra_data="somewhere", batch_size=128, run_dir="runs/x")
+    heads = heads_config(config, num_images=500)
+    assert (heads.extra_data, heads.batch_size, heads.freeze, heads.run_dir) == ("", 500, "both", "runs/x/heads")
+
+
 RATES = ("head_lr", "image_encoder_lr", "text_encoder_lr")
 
 

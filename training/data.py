@@ -36,7 +36,14 @@ class Split:
     texts: list | torch.Tensor  # m lists of token ids, or (m, d_t) features
     image_key: str = "image"  # or image_activations or image_features
     text_key: str = "text"  # or text_features
-    sources: list = field(default_factory=list)  # for each generated image (they come last): the real ones of its caption
+    sources: list = field(
+        default_factory=list
+    )  # for each generated image, which come last: positions of real images with its caption
+
+    @property
+    def num_real(self):
+        """How many images are not generated."""
+        return len(self.names) - len(self.sources)
 
 
 def fetch_data(config, flickr8k_dir):
@@ -87,7 +94,7 @@ def load_splits(config, table, image_dir, model, bytes_to_come):
         texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
         splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts)
     splits["train"].sources = images_sharing_caption(splits["train"], generated)
-    count = len(splits["train"].names) - len(splits["train"].sources)
+    count = splits["train"].num_real
     if count < config.batch_size - (generated_per_batch(config) if generated else 0):
         raise UserError(f"--batch-size {config.batch_size}: there are only {count} training images in {image_dir}; lower it")
     if not splits["val"].names:

@@ -91,6 +91,8 @@ class TrainState:
             self.scaler.load_state_dict(saved["scaler"])
         if self.average and "average" in saved:
             self.average.load_state_dict(saved["average"], strict=False)
+        elif self.average:  # --ema-decay is new: the average starts from the weights as they are
+            self.average.module.load_state_dict(self.model.state_dict())
         if self.joint:
             self.joint.load_state_dict(saved["joint"])
         self.history, self.losses = saved["history"], list(saved["losses"])

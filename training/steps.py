@@ -39,7 +39,7 @@ def train_epoch(state, loader, device, dtype, terminated):
         state.optimizer.zero_grad(set_to_none=True)
         seeds = np.random.default_rng([sampler.seed, sampler.epoch, step]).integers(2**31, size=sampler.parts).tolist()
         if sampler.parts > 1:
-            losses = cached_step(state, batches, [seeds[part] for part in sampler.local_parts], device, dtype)
+            losses = gradient_cached_step(state, batches, [seeds[part] for part in sampler.local_parts], device, dtype)
         else:
             losses = plain_step(state, next(batches), seeds[0], device, dtype)
         skipped = update_weights(state)
@@ -76,7 +76,7 @@ def plain_step(state, batch, seed, device, dtype):
     return torch.stack([loss, total]).detach()
 
 
-def cached_step(state, batches, seeds, device, dtype):
+def gradient_cached_step(state, batches, seeds, device, dtype):
     """As `plain_step`, in micro-batches, several processes, or both, with the gradient of the whole batch."""
     loss = gradient_cache.backward(state.model, batches, seeds, device, dtype, state.scaler)
     distributed.all_reduce_gradients(state.model)
