@@ -1,4 +1,4 @@
-"""Trains CLIP: python main.py [PRESET] [--flags]. The files that a run writes are listed in the README."""
+"""Trains CLIP: python main.py [PRESET] [--flags]. docs/runs.md lists the files that a run writes."""
 
 import contextlib
 import shlex

@@ -3,8 +3,10 @@
 The speed of a machine changes over time, so the variants that are compared run in turns, and their median times are reported.
 """
 
+import datetime
 import json
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "docs" / "results"  # the figures of the documents; benchmarks/tables.py puts them there
 sys.path.insert(0, str(ROOT))  # so that benchmarks can import the project's modules from any working directory
 
 import torch
@@ -47,8 +50,18 @@ def processor():
         return platform.processor()
 
 
-def report(title, columns, rows, json_path):
-    """Prints rows, lists with one cell per column, as a Markdown table, and writes them to json_path if it is not empty."""
+def commit():
+    """The first digits of the commit that is checked out, with a + where files differ from it; unknown without git."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude", "*"]
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return process.stdout.strip() or "unknown"
+
+
+def report(title, columns, rows, json_path, seeds=""):
+    """Prints rows, lists with one cell per column, as a Markdown table, and writes them to json_path if it is not empty.
+
+    What is written is what `benchmarks/tables.py` reads: docs/results/NAME.json is the table NAME of the documents.
+    """
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
     if torch.cuda.is_available():
         machine += f", {torch.cuda.get_device_name()}"
@@ -57,7 +70,9 @@ def report(title, columns, rows, json_path):
     for row in [columns, ["-" * width for width in widths], *rows]:
         print("| " + " | ".join(f"{cell:{width}}" for cell, width in zip(map(str, row), widths)) + " |")
     if json_path:
-        results = {"title": title, "machine": machine, "rows": [dict(zip(columns, row)) for row in rows]}
+        command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+        source = {"command": command, "commit": commit(), "date": datetime.date.today().isoformat(), "processor": machine}
+        results = {"title": title, **source, "seeds": seeds, "note": "", "columns": columns, "rows": rows}
         write_json(json_path, results)
 
 

@@ -37,7 +37,7 @@ def run_script(*arguments, cwd=ROOT):
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="try what is drawn at random as often as the README's table says")
+    parser.addoption("--long", action="store_true", help="try what is random as often as docs/runs.md says")
 
 
 @pytest.fixture

@@ -1,0 +1,118 @@
+"""Draw the figures of the documents that need no run: the architecture, what helped, and recall beside published results.
+
+    python benchmarks/figures.py
+
+The charts read the JSON files in docs/results/. Each figure has a light background of its own, so that it is readable on a dark
+page too.
+"""
+
+import json
+
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyBboxPatch, Rectangle
+from measure import RESULTS, ROOT
+
+from utils.errors import run_command
+from utils.plots import DARK, GREEN, GREY, save
+
+BLUE, ORANGE, PALE = "#1f4e9c", "#d2691e", "#eef2f7"
+NUM_PAIRS = 4  # in the drawn similarity matrix
+
+
+def read(name):
+    """The columns of a result as {column: list of cells}."""
+    result = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    return dict(zip(result["columns"], zip(*result["rows"])))
+
+
+def box(axes, x, y, text, color, width=2.3, height=0.8):
+    """A box with its left edge at x and its middle at y."""
+    style = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.6}
+    axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, edgecolor=color, facecolor="white", **style))
+    axes.text(x + width / 2, y, text, ha="center", va="center", fontsize=12, color=DARK)
+
+
+def arrow(axes, start, end):
+    axes.annotate("", end, start, arrowprops={"arrowstyle": "-|>", "color": DARK, "linewidth": 1.4, "shrinkA": 0, "shrinkB": 0})
+
+
+def draw_matrix(axes, x, y, side):
+    """The similarity matrix with its lower left corner at (x, y): a row per picture, its diagonal outlined."""
+    cell = side / NUM_PAIRS
+    for row in range(NUM_PAIRS):
+        for column in range(NUM_PAIRS):
+            corner = (x + column * cell, y + side - (row + 1) * cell)
+            right = row == column
+            colors = {"facecolor": "#cfe8d8" if right else "white", "edgecolor": GREEN if right else GREY}
+            axes.add_patch(Rectangle(corner, cell, cell, linewidth=2.2 if right else 0.8, zorder=2 if right else 1, **colors))
+            label = rf"$I_{row + 1}\cdot T_{column + 1}$"
+            axes.text(corner[0] + cell / 2, corner[1] + cell / 2, label, ha="center", va="center", fontsize=10, zorder=3)
+
+
+def draw_architecture(path):
+    """The two encoders, their projection heads, the similarity matrix and the loss, with the letters of the CLIP paper."""
+    figure, axes = plt.subplots(figsize=(12, 5), facecolor=PALE)
+    axes.set(xlim=(0, 15.2), ylim=(0, 6.2))
+    axes.axis("off")
+    for y, kind, letter, color in ((4.4, "picture", "I", BLUE), (1.6, "text", "T", ORANGE)):
+        box(axes, 0.2, y, "n captions" if kind == "text" else "n pictures", GREY, width=1.7)
+        name = "text encoder" if kind == "text" else "image encoder"
+        box(axes, 2.7, y, name, color)
+        box(axes, 6.0, y, "projection head", color)
+        for start, end in ((1.9, 2.7), (5.0, 6.0), (8.3, 9.2)):
+            arrow(axes, (start, y), (end, y))
+        width = "d_t" if kind == "text" else "d_i"
+        axes.text(5.5, y + 0.28, rf"${letter}_f$", ha="center", fontsize=12, color=DARK)
+        axes.text(5.5, y - 0.5, rf"$[n, {width}]$", ha="center", fontsize=10, color=DARK)
+        axes.text(9.6, y, rf"${letter}_e$", ha="center", va="center", fontsize=14, color=color)
+        axes.text(9.6, y - 0.5, r"$[n, d_e]$", ha="center", fontsize=10, color=DARK)
+    arrow(axes, (9.9, 4.2), (10.6, 3.7))
+    arrow(axes, (9.9, 1.8), (10.6, 2.3))
+    draw_matrix(axes, 10.8, 1.2, 3.6)
+    axes.text(12.6, 5.45, "cosine similarity / temperature", ha="center", fontsize=12, color=DARK)
+    axes.text(12.6, 5.0, "a row per picture, a column per caption", ha="center", fontsize=10, color=DARK)
+    axes.text(12.6, 0.72, "loss: cross-entropy over rows and over columns,", ha="center", fontsize=11, color=DARK)
+    axes.text(12.6, 0.3, "true pairs on the diagonal", ha="center", fontsize=11, color=GREEN)
+    save(figure, path)
+
+
+def draw_gains(path):
+    """What helped on Flickr8k: a bar per change, in the order of its gain in rsum."""
+    gains = read("gains")
+    figure, axes = plt.subplots(figsize=(11, 4.2))
+    points = [float(cell) for cell in gains["points"]]
+    axes.barh(range(len(points)), points, color=BLUE)
+    for row, value in enumerate(points):
+        axes.text(value + 0.4, row, f"{value:.1f}", va="center", fontsize=10, color=DARK)
+    axes.set_yticks(range(len(points)), gains["what"], fontsize=10)
+    axes.invert_yaxis()
+    axes.set(xlabel="points of rsum gained, on the development images", xlim=(0, max(points) + 3))
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def draw_recall(path):
+    """rsum of each system on Flickr8k, published and ours; bars say on which images it was scored."""
+    recall = read("recall")
+    rows = [row for row in zip(recall["model"], recall["1,000 images"], recall["rsum"], recall["minutes"]) if row[2]]
+    figure, axes = plt.subplots(figsize=(11, 3.6))
+    for position, (model, images, rsum, minutes) in enumerate(rows):
+        value, ours = float(rsum.split()[0]), "`" in model
+        axes.barh(position, value, color=BLUE if ours else GREY, alpha=0.55 if images == "development" else 1)
+        label = f"{value:g}, {images}" + (f", {minutes} minutes" if minutes else "")
+        axes.text(value + 4, position, label, va="center", fontsize=9, color=DARK)
+    axes.set_yticks(range(len(rows)), [model.replace("*", "").replace("`", "") for model, *_ in rows], fontsize=9)
+    axes.invert_yaxis()
+    axes.set(xlabel="rsum: the sum of the six recalls, at most 600", xlim=(0, 540))
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def main():
+    draw_architecture(ROOT / "docs" / "architecture.png")
+    draw_gains(ROOT / "docs" / "gains.png")
+    draw_recall(ROOT / "docs" / "recall.png")
+
+
+if __name__ == "__main__":
+    run_command(main)
