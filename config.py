@@ -1,7 +1,13 @@
 """Every setting of a run in one place, the presets, and the command line made from them."""
 
 import dataclasses
+import difflib
+import inspect
 import json
+import re
+import shlex
+import sys
+import textwrap
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -244,15 +250,23 @@ PRESETS = {
     "paper": PAPER,
     "mixer": MIXER,
 }
-DESCRIPTION = """Train CLIP on captioned pictures: python main.py [PRESET] [--flags]
-
-Presets for photographs: flickr8k (ResNet50 and DistilBERT, both pretrained); fast (EfficientNet-Lite2 and MiniLM, both frozen,
-only the heads are trained: 3 minutes on two CPU cores); best (the same encoders; after the heads also the text encoder and the
-last stages of the image encoder are trained: about 45 minutes); fast-resnet50 and best-resnet50 (the same with flickr8k's
-encoders); openai (fine-tunes one of OpenAI's models).
-Presets from scratch on a drawn sample: shapes (a small ResNet and a small DistilBERT), gpt2 (its text encoder reads from left
-to right), paper (the CLIP paper's ResNet and causal Transformer) and mixer (MLP-Mixers for both).
+PRESETS_HELP = """Presets (what is trained; on what; minutes on two CPU cores):
+  flickr8k       ResNet50 and DistilBERT, pretrained                Flickr8k   not measured, needs a model hub
+  fast           heads on frozen EfficientNet-Lite2 and MiniLM      Flickr8k   2.5
+  best           fast, then last image stages and the text encoder  Flickr8k   45 to 56
+  fast-resnet50  fast, with the encoders of flickr8k                Flickr8k   not measured, needs a model hub
+  best-resnet50  best, with the encoders of flickr8k                Flickr8k   not measured, needs a model hub
+  openai         fine-tunes one of OpenAI's models                  Flickr8k   not measured, needs a model hub
+  shapes         a small ResNet and a small DistilBERT              drawn      2
+  gpt2           the same with GPT-2 as text encoder                drawn      4
+  paper          the CLIP paper's ResNet and Transformer, small     drawn      7
+  mixer          MLP-Mixers for both                                drawn      5
 With no preset: flickr8k where its pictures are found, else shapes."""
+USAGE = "python main.py [PRESET] [--flags]"
+DAILY_FLAGS = (  # those that --help shows
+    *("data_dir", "image_encoder", "image_weights", "text_encoder", "size", "freeze", "epochs", "batch_size"),
+    *("micro_batch_size", "head_lr", "seed", "run_dir", "resume", "device"),
+)
 
 
 def is_openai(config):
@@ -269,13 +283,20 @@ def parse_config(arguments, default_preset):
     named = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if named else default_preset
     if preset not in PRESETS:
-        raise UserError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
+        close = difflib.get_close_matches(preset, PRESETS, 1)
+        suggestion = f"did you mean {close[0]}? " if close else ""
+        raise UserError(f"preset {preset!r} is unknown; {suggestion}there are {', '.join(PRESETS)}")
+    refuse_late_preset(arguments)
+    if {"--help", "-h"} & set(arguments):
+        print(short_help(preset))
+        sys.exit(0)
+    arguments = ["--help" if word == "--help-all" else word for word in arguments]
     flags = []
     for word, following in pairwise([*arguments[named:], "--"]):
         flags += [word, "yes"] if word == "--resume" and following.startswith("--") else [word]
 
     def parse(default):
-        return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]", description=DESCRIPTION)
+        return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]", description=PRESETS_HELP)
 
     config = parse(PRESETS[preset])
     if config.resume == "yes" or config.resume == "auto" and (Path(config.run_dir) / "config.json").exists():
@@ -286,6 +307,28 @@ def parse_config(arguments, default_preset):
     check_run_dir(config.run_dir)
     validate(config)
     return config, preset
+
+
+def refuse_late_preset(arguments):
+    """Raises UserError where a preset stands behind a flag and its value, where it would not be taken as one."""
+    for before, word, position in zip(arguments, arguments[1:], range(1, len(arguments))):
+        if word in PRESETS and not before.startswith("-"):
+            rest = [*arguments[:position], *arguments[position + 1 :]]
+            raise UserError(f"{word}: the preset comes first: python main.py {shlex.join([word, *rest])}")
+
+
+def short_help(preset):
+    """The help of main.py on one screen: the presets, and the flags of daily use with a preset's own defaults."""
+    config, source = resolve_defaults(PRESETS[preset]), inspect.getsource(Config)
+    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
+    lines = [f"usage: {USAGE}", "", "Trains CLIP on captioned pictures.", "", PRESETS_HELP, ""]
+    lines.append(f"Flags of daily use, with the values of the preset {preset}:")
+    for name in DAILY_FLAGS:
+        flag = f"--{name.replace('_', '-')} {getattr(config, name)}".rstrip()
+        lines += [f"  {flag}"] if len(flag) > 38 else []
+        first = f"  {'' if len(flag) > 38 else flag:38}  "
+        lines += textwrap.wrap(comments[name], 100, initial_indent=first, subsequent_indent=42 * " ")
+    return "\n".join([*lines, "", "All flags: python main.py [PRESET] --help-all"])
 
 
 def resolve_defaults(config):

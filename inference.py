@@ -102,6 +102,11 @@ def search(
         return write_onnx(run or newest_run())
     if bool(query) + bool(query_file) + bool(image) != 1:
         raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
+    if len(query) > 1 and not weights and not any(" " in text.strip() for text in query):
+        words = " ".join(query)
+        raise UserError(
+            f'several words without quotes; one query: python inference.py "{words}"; to add texts up, give them --weights, too'
+        )
     if (minus or weights or explain) and not query:
         raise UserError("--minus, --weights and --explain: go with a text to look for")
     if classify and not image:

@@ -104,6 +104,7 @@ def main():
     flickr8k_dir = flickr8k.find()
     config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir or "--download" in sys.argv else "shapes")
     config = replace(config, device=distributed.init_distributed(config.device))
+    pick_device(config.device)  # one that is missing is named before anything is drawn or downloaded
     if distributed.size() > config.batch_size:
         raise UserError(f"--batch-size {config.batch_size}: fewer than the {distributed.size()} processes of torchrun")
     if distributed.size() > 1 and config.gan == "joint":

@@ -92,7 +92,7 @@ def shown_commands():
 
 
 def test_scripts_presets_and_flags_exist():
-    flags = {field.name.replace("_", "-") for field in dataclasses.fields(Config)} | {"help"}
+    flags = {field.name.replace("_", "-") for field in dataclasses.fields(Config)} | {"help", "help-all"}
     shown = list(shown_commands())
     assert len(shown) > 20
     for script, arguments in shown:

@@ -8,6 +8,7 @@ import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.patches import Rectangle
 
 from utils.files import atomic_write
 
@@ -49,6 +50,11 @@ def draw_curves(history, path):
     save(figure, path)
 
 
+def tidy(caption):
+    """A caption as it is drawn: without the space before the full stop, which could end alone on a line."""
+    return caption.strip().removesuffix(" .")
+
+
 def draw_similarity(pictures, captions, similarity, path):
     """The paper's figure of pictures against captions.
 
@@ -62,8 +68,12 @@ def draw_similarity(pictures, captions, similarity, path):
         for column in range(n):
             color = "white" if similarity[row, column] < midpoint else "black"
             axes.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", color=color, fontsize=9)
-    axes.set_yticks(range(n), [textwrap.fill(caption, 44) for caption in captions], fontsize=8)
+            if row == column:
+                axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3))
+    axes.set_yticks(range(n), [textwrap.fill(tidy(caption), 44) for caption in captions], fontsize=8)
     axes.set_xticks([])
+    axes.set_xlabel("pictures; outlined: the caption's own picture; the number: cosine similarity", labelpad=8)
+    axes.set_ylabel("captions")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
     for column, picture in enumerate(pictures):
@@ -125,8 +135,12 @@ def overlay(picture, heat):
 def draw_matches(searches, path):
     """Several queries, one row each. searches: a list of (query, pictures, titles, position of the correct one or None)."""
     columns = max(len(pictures) for _, pictures, _, _ in searches)
-    figure = plt.figure(figsize=(1.9 * columns, 2.35 * len(searches)), layout="constrained")
-    for subfigure, (query, pictures, titles, correct) in zip(figure.subfigures(len(searches), 1, squeeze=False).flat, searches):
-        subfigure.suptitle(query, fontsize=10, x=0.01, ha="left")
+    figure = plt.figure(figsize=(1.9 * columns, 2.35 * len(searches) + 0.3), layout="constrained")
+    heights = [*[2.35] * len(searches), 0.3]
+    *rows, legend = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
+    text = "number: cosine similarity of caption and picture; green: the picture that the caption was written for"
+    legend.text(0.01, 0.5, text, fontsize=9, color=GREEN, va="center")
+    for subfigure, (query, pictures, titles, correct) in zip(rows, searches):
+        subfigure.suptitle(tidy(query), fontsize=10, x=0.01, ha="left")
         draw_row(subfigure.subplots(1, columns, squeeze=False)[0], pictures, titles, correct)
     save(figure, path)
