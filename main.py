@@ -73,7 +73,7 @@ def train(config):
         for _ in range(len(state.history), config.epochs):
             started = time.perf_counter()
             trained = train_epoch(state, loader, device, dtype, terminated)
-            scores = validate(state.scored_model, splits["val"], device, dtype)
+            scores = validate(state.scored_model, splits["val"], config.batch_size, device, dtype)
             best = scores["rsum"] > max([start_rsum, *state.rsums])
             state.end_epoch(history_row(state, trained, scores, time.perf_counter() - started))
             if state.joint:

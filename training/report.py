@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clip import contrastive_loss
 from config import generated_per_batch
 from embedding import project_and_normalize, text_features, token_ids
 from evaluation.retrieval import recall_table, score
@@ -19,10 +20,25 @@ NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.p
 NUM_GENERATED = 16  # in generated.png
 
 
-def validate(model, split, device, dtype):
-    """Recall on a split, as `evaluation.retrieval.recall` gives it."""
+def validate(model, split, batch_size, device, dtype):
+    """Recall on a split, as `evaluation.retrieval.recall` gives it, and its "loss", in batches as in training."""
     I_f, T_f = split_features(model, split, device, dtype)
-    return score(model, I_f, T_f, split.image_of_text, device)
+    loss = validation_loss(model, I_f, T_f, split.image_of_text, batch_size, device)
+    return score(model, I_f, T_f, split.image_of_text, device) | {"loss": loss}
+
+
+def validation_loss(model, I_f, T_f, image_of_text, batch_size, device):
+    """The mean loss of images, each with its first caption, in batches of their order.
+
+    I_f: (n, d_i). T_f: (m, d_t). A last, smaller batch is left out, as it would be easier; with fewer than batch_size images
+    there is one batch of all. Nothing is random, so training goes on as it would without this.
+    """
+    _, first_captions = np.unique(image_of_text, return_index=True)
+    I_e = project_and_normalize(model.image_projection, I_f, device)
+    T_e = project_and_normalize(model.text_projection, T_f[first_captions], device)
+    n, scale = min(batch_size, len(I_e)), model.logit_scale.exp().item()
+    batches = [slice(start, start + n) for start in range(0, len(I_e) - n + 1, n)]
+    return float(np.mean([contrastive_loss(scale * I_e[rows] @ T_e[rows].T).item() for rows in batches]))
 
 
 def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
@@ -39,8 +55,9 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
 
 
 def history_row(state, trained, scores, seconds):
-    """A row of history.csv. trained: what `train_epoch` gives; scores: what `recall` gives for the validation split."""
-    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "chance_loss": math.log(state.config.batch_size)}
+    """A row of history.csv. trained: what `train_epoch` gives; scores: what `validate` gives."""
+    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "val_loss": scores["loss"]}
+    row["chance_loss"] = math.log(state.config.batch_size)
     row |= {"temperature": math.exp(-state.model.logit_scale.item()), "lr_scale": trained["lr_scale"]}
     for direction in ("image_to_text", "text_to_image"):
         row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}

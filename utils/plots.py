@@ -33,20 +33,25 @@ def save(figure, path, show=False):
 def draw_curves(history, path):
     """history: a list of dicts, one per epoch, with the columns of history.csv."""
     epochs = [row["epoch"] for row in history]
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
+    best = max(history, key=lambda row: row["rsum"])["epoch"]
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.plot(epochs, [row["loss"] for row in history], color=DARK, label="training loss")
+    left.plot(epochs, [row.get("val_loss", np.nan) for row in history], color="#d2691e", label="validation loss")
     left.plot(epochs, [row["chance_loss"] for row in history], "--", color=GREY, label="ln(batch): chance")
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False)
+    middle.plot(epochs, [row["temperature"] for row in history], color=DARK)
+    middle.set(xlabel="epoch", ylabel="temperature", ylim=(0, None))
     for direction, style in (("text_to_image", "-"), ("image_to_text", "--")):
-        for k, color in zip((1, 5, 10), ("#1f4e9c", "#2e8b57", "#d2691e")):
+        for k, color in zip((1, 10), ("#1f4e9c", "#d2691e")):  # R@5 lies between them
             values = [row[f"{direction}_R@{k}"] for row in history]
             right.plot(epochs, values, style, color=color, label=f"{direction.replace('_', ' ')} R@{k}")
-    right.set(xlabel="epoch", ylabel="validation recall (%)", ylim=(0, 100))
-    right.legend(frameon=False, fontsize=8)
-    for axes in (left, right):
+    right.set(xlabel="epoch", ylabel="validation recall (%)", ylim=(0, 101))
+    for axes in (left, middle, right):
+        axes.axvline(best, color=GREEN, linestyle=":", label=f"best epoch, {best}" if axes is right else None)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    right.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 
