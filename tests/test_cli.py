@@ -3,7 +3,7 @@
 import pytest
 
 import inference
-from config import Config, parse_config
+from config import PRESETS, Config, parse_config
 from utils.errors import UserError
 
 
@@ -18,6 +18,7 @@ def test_the_help_fits_on_a_screen_and_shows_the_presets_own_values(capsys):
     shown = printed_help(capsys, "best", "--help")
     lines = shown.splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 110
+    assert all(f"  {name} " in shown for name in PRESETS)
     assert "--epochs 12" in shown and "--run-dir runs/best" in shown and "--help-all" in shown
     assert "--batch-size 128" in printed_help(capsys, "--help")
 
