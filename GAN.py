@@ -58,6 +58,7 @@ from training.checkpoint import (
 )
 from training.data import batch_loader
 from utils.cache import cache_line, model_key, note_use
+from utils.cli import HELP, command_help, dataclass_flags
 from utils.device import autocast
 from utils.errors import UserError, run_command
 from utils.files import atomic_dir, atomic_write, remove_leftovers, write_json
@@ -107,7 +108,13 @@ def parse_config(arguments):
     preset, flags = (arguments[0], arguments[1:]) if named else ("shapes", arguments)
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
-    parse = partial(tyro.cli, GANConfig, args=flags, prog="GAN.py [PRESET]", description=__doc__)
+    if HELP & set(flags):
+        summary, examples = __doc__.splitlines()[0].partition(": ")[0] + ".", __doc__.splitlines()[2:5]
+        shown = dataclass_flags(PRESETS[preset])
+        usage = f"python GAN.py [{'|'.join(PRESETS)}] [--flags]"
+        print(command_help(usage, summary, [line.strip() for line in examples], shown))
+        sys.exit(0)
+    parse = partial(tyro.cli, GANConfig, args=flags, prog="GAN.py [PRESET]")
     config = parse(default=PRESETS[preset])
     if config.resume or config.generate:
         config = parse(default=replace(load_gan(config.run_dir)["config"], run_dir=config.run_dir))

@@ -29,6 +29,7 @@ from utils.images import read_image
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # otherwise gradio sends usage data and checks for a new version
 
+EXAMPLES = ("python app.py", "python app.py --run runs/shapes --images ~/Pictures")
 NUM_SHOWN, TILE_PIXELS = 12, 320  # matches to show, and the shorter side of each
 MAX_CLASSES = 50
 MAX_UPLOAD = 20  # MB
@@ -234,4 +235,4 @@ def serve(
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(serve, "app.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(serve, "app.py", None, sys.argv[1:], EXAMPLES))

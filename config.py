@@ -2,12 +2,9 @@
 
 import dataclasses
 import difflib
-import inspect
 import json
-import re
 import shlex
 import sys
-import textwrap
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +12,7 @@ from typing import Literal
 
 import tyro
 
+from utils.cli import HELP, command_help, dataclass_flags, flag_lines, function_flags
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -250,22 +248,22 @@ PRESETS = {
     "paper": PAPER,
     "mixer": MIXER,
 }
-PRESETS_HELP = """Presets (what is trained; on what; minutes on two CPU cores):
-  flickr8k       ResNet50 and DistilBERT, pretrained                Flickr8k   not measured, needs a model hub
-  fast           heads on frozen EfficientNet-Lite2 and MiniLM      Flickr8k   2.5
-  best           fast, then last image stages and the text encoder  Flickr8k   45 to 56
-  fast-resnet50  fast, with the encoders of flickr8k                Flickr8k   not measured, needs a model hub
-  best-resnet50  best, with the encoders of flickr8k                Flickr8k   not measured, needs a model hub
-  openai         fine-tunes one of OpenAI's models                  Flickr8k   not measured, needs a model hub
-  shapes         a small ResNet and a small DistilBERT              drawn      2
-  gpt2           the same with GPT-2 as text encoder                drawn      4
-  paper          the CLIP paper's ResNet and Transformer, small     drawn      7
-  mixer          MLP-Mixers for both                                drawn      5
-With no preset: flickr8k where its pictures are found, else shapes."""
+PRESET_NOTES = {  # what is trained, on what, minutes on two CPU cores (-: not measured)
+    "flickr8k": ("ResNet50 and DistilBERT, pretrained", "Flickr8k", "-"),
+    "fast": ("heads on frozen EfficientNet-Lite2 and MiniLM", "Flickr8k", "2.5"),
+    "best": ("fast, then last image stages and the text encoder", "Flickr8k", "45 to 56"),
+    "fast-resnet50": ("fast, with the encoders of flickr8k", "Flickr8k", "-"),
+    "best-resnet50": ("best, with the encoders of flickr8k", "Flickr8k", "-"),
+    "openai": ("fine-tunes one of OpenAI's models", "Flickr8k", "-"),
+    "shapes": ("a small ResNet and a small DistilBERT", "drawn", "2"),
+    "gpt2": ("the same with GPT-2 as text encoder", "drawn", "4"),
+    "paper": ("the CLIP paper's ResNet and Transformer, small", "drawn", "7"),
+    "mixer": ("MLP-Mixers for both", "drawn", "5"),
+}
 USAGE = "python main.py [PRESET] [--flags]"
 DAILY_FLAGS = (  # those that --help shows
-    *("data_dir", "image_encoder", "image_weights", "text_encoder", "size", "freeze", "epochs", "batch_size"),
-    *("micro_batch_size", "head_lr", "seed", "run_dir", "resume", "device"),
+    *("data_dir", "image_encoder", "size", "text_encoder", "freeze", "epochs", "batch_size", "micro_batch_size"),
+    *("head_lr", "seed", "device", "run_dir", "resume"),
 )
 
 
@@ -286,17 +284,16 @@ def parse_config(arguments, default_preset):
         close = difflib.get_close_matches(preset, PRESETS, 1)
         suggestion = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"preset {preset!r} is unknown; {suggestion}there are {', '.join(PRESETS)}")
-    refuse_late_preset(arguments)
-    if {"--help", "-h"} & set(arguments):
-        print(short_help(preset))
+    if {*HELP, "--help-all"} & set(arguments):
+        print(main_help(preset, "--help-all" in arguments))
         sys.exit(0)
-    arguments = ["--help" if word == "--help-all" else word for word in arguments]
+    refuse_late_preset(arguments)
     flags = []
     for word, following in pairwise([*arguments[named:], "--"]):
         flags += [word, "yes"] if word == "--resume" and following.startswith("--") else [word]
 
     def parse(default):
-        return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]", description=PRESETS_HELP)
+        return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]")
 
     config = parse(PRESETS[preset])
     if config.resume == "yes" or config.resume == "auto" and (Path(config.run_dir) / "config.json").exists():
@@ -310,24 +307,29 @@ def parse_config(arguments, default_preset):
 
 
 def refuse_late_preset(arguments):
-    """Raises UserError where a preset stands behind a flag and its value, where it would not be taken as one."""
+    """Raises UserError where a preset stands behind a flag, where it would not be taken as one."""
+    switches = {f"--{flag.usage().removeprefix('--[no-]')}" for flag in dataclass_flags(Config()) if flag.is_bool}
     for before, word, position in zip(arguments, arguments[1:], range(1, len(arguments))):
-        if word in PRESETS and not before.startswith("-"):
+        flag = before.replace("_", "-").replace("--no-", "--")
+        takes_value = flag.startswith("-") and "=" not in flag and flag not in switches
+        if word in PRESETS and not takes_value:
+            if arguments[0] in PRESETS:
+                raise UserError(f"{word}: {arguments[0]} is the preset already; leave one of them out")
             rest = [*arguments[:position], *arguments[position + 1 :]]
             raise UserError(f"{word}: the preset comes first: python main.py {shlex.join([word, *rest])}")
 
 
-def short_help(preset):
-    """The help of main.py on one screen: the presets, and the flags of daily use with a preset's own defaults."""
-    config, source = resolve_defaults(PRESETS[preset]), inspect.getsource(Config)
-    comments = dict(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.MULTILINE))
-    lines = [f"usage: {USAGE}", "", "Trains CLIP on captioned pictures.", "", PRESETS_HELP, ""]
-    lines.append(f"Flags of daily use, with the values of the preset {preset}:")
-    for name in DAILY_FLAGS:
-        flag = f"--{name.replace('_', '-')} {getattr(config, name)}".rstrip()
-        lines += [f"  {flag}"] if len(flag) > 38 else []
-        first = f"  {'' if len(flag) > 38 else flag:38}  "
-        lines += textwrap.wrap(comments[name], 100, initial_indent=first, subsequent_indent=42 * " ")
+def main_help(preset, every_flag):
+    """The help of main.py: the presets, and the flags of daily use or every flag, with a preset's own defaults."""
+    notes = [f"  {name:15}{what:51}{data:10}{minutes}" for name, (what, data, minutes) in PRESET_NOTES.items()]
+    lines = [f"usage: {USAGE}", "", "Trains CLIP on captioned pictures.", ""]
+    lines += ["Presets (what is trained; on what; minutes on two CPU cores):", *notes]
+    lines.append("-: not measured, needs a model hub. With no preset: flickr8k if its pictures are found, else shapes.")
+    flags = dataclass_flags(resolve_defaults(PRESETS[preset]))
+    if every_flag:
+        return "\n".join([*lines, "", f"All flags, with the values of the preset {preset}:", *flag_lines(flags)])
+    daily = [replace(flag, group="") for flag in flags if flag.name.replace("-", "_") in DAILY_FLAGS]
+    lines += ["", f"Flags of daily use, with the values of the preset {preset}:", *flag_lines(daily)]
     return "\n".join([*lines, "", "All flags: python main.py [PRESET] --help-all"])
 
 
@@ -475,6 +477,15 @@ def load_run(run_dir):
         raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
 
 
-def run_cli(function, program, description, arguments):
-    """Calls a command's function with the arguments of the command line, which become flags named as its own."""
+def run_cli(function, program, description, arguments, examples=()):
+    """Calls a command's function with the arguments of the command line, which become flags named as its own.
+
+    With --help it prints a help instead, whose texts are those of the function's docstring. examples: commands to show there.
+    """
+    if HELP & set(arguments):
+        flags = function_flags(function)
+        words = "".join(f" [{flag.usage()}]" for flag in flags if flag.positional)
+        summary = description or (function.__doc__ or "").partition("\n\n")[0]
+        print(command_help(f"python {program}{words} [--flags]", summary, examples, flags))
+        sys.exit(0)
     return tyro.cli(function, prog=program, description=description, args=arguments)

@@ -1,5 +1,6 @@
 """Score a run: python evaluate.py retrieval|match|zeroshot|sts --run RUN ...; leaks --data-dir DIR checks a data set."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -170,18 +171,26 @@ def match(
 
 
 TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "leaks": leaks}
+EXAMPLES = {  # what to write behind python evaluate.py
+    "retrieval": "retrieval --run runs/shapes --split test",
+    "match": "match --run runs/shapes --choices 4",
+    "zeroshot": "zeroshot --run runs/best --images FOLDER",
+    "sts": "sts --run runs/best --file sts-test.csv",
+    "leaks": "leaks --data-dir Datasets/shapes",
+}
 
 
 def main():
     task, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if task in ("-h", "--help"):
-        print(f"{__doc__}\n")
-        print("\n".join(f"  {name:10} {function.__doc__.splitlines()[0]}" for name, function in TASKS.items()))
-        print("\npython evaluate.py TASK --help lists the flags of a task.")
+        print("usage: python evaluate.py TASK [--flags]\n\nScores a run, or checks a data set. Tasks, each with an example:")
+        for name, function in TASKS.items():
+            print(f"  {EXAMPLES[name]:43}{re.split('[:?.,]', function.__doc__)[0]}")
+        print("\nThe flags of a task: python evaluate.py TASK --help")
     elif task not in TASKS:
         raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
     else:
-        run_cli(TASKS[task], f"evaluate.py {task}", None, arguments)
+        run_cli(TASKS[task], f"evaluate.py {task}", None, arguments, [f"python evaluate.py {EXAMPLES[task]}"])
 
 
 if __name__ == "__main__":

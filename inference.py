@@ -29,6 +29,10 @@ from utils.files import write_json
 from utils.images import center_crop, read_image
 from utils.plots import draw_grid, overlay
 
+EXAMPLES = (
+    'python inference.py "a dog runs on the beach" --images ~/Pictures',
+    'python inference.py --image photo.jpg --classify "a dog" "a cat"',
+)
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
 
 
@@ -207,4 +211,4 @@ def as_records(matches):
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(search, "inference.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(search, "inference.py", None, sys.argv[1:], EXAMPLES))

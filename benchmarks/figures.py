@@ -7,6 +7,7 @@ page too.
 """
 
 import json
+import textwrap
 
 import matplotlib.pyplot as plt
 from matplotlib.patches import FancyBboxPatch, Rectangle
@@ -25,7 +26,7 @@ def read(name):
     return dict(zip(result["columns"], zip(*result["rows"])))
 
 
-def box(axes, x, y, text, color, width=2.3, height=0.8):
+def box(axes, x, y, text, color, width=2.8, height=0.9):
     """A box with its left edge at x and its middle at y."""
     style = {"boxstyle": "round,pad=0,rounding_size=0.12", "linewidth": 1.6}
     axes.add_patch(FancyBboxPatch((x, y - height / 2), width, height, edgecolor=color, facecolor="white", **style))
@@ -51,40 +52,41 @@ def draw_matrix(axes, x, y, side):
 
 def draw_architecture(path):
     """The two encoders, their projection heads, the similarity matrix and the loss, with the letters of the CLIP paper."""
-    figure, axes = plt.subplots(figsize=(12, 5), facecolor=PALE)
-    axes.set(xlim=(0, 15.2), ylim=(0, 6.2))
+    figure, axes = plt.subplots(figsize=(10.6, 4.3), facecolor=PALE)
+    axes.set(xlim=(0, 16.6), ylim=(-0.1, 5.9))
     axes.axis("off")
     for y, kind, letter, color in ((4.4, "picture", "I", BLUE), (1.6, "text", "T", ORANGE)):
-        box(axes, 0.2, y, "n captions" if kind == "text" else "n pictures", GREY, width=1.7)
+        box(axes, 0.2, y, "n captions" if kind == "text" else "n pictures", GREY, width=2.1)
         name = "text encoder" if kind == "text" else "image encoder"
-        box(axes, 2.7, y, name, color)
-        box(axes, 6.0, y, "projection head", color)
-        for start, end in ((1.9, 2.7), (5.0, 6.0), (8.3, 9.2)):
+        box(axes, 2.9, y, name, color)
+        box(axes, 6.9, y, "projection head", color)
+        for start, end in ((2.3, 2.9), (5.7, 6.9), (9.7, 10.3)):
             arrow(axes, (start, y), (end, y))
         width = "d_t" if kind == "text" else "d_i"
-        axes.text(5.5, y + 0.28, rf"${letter}_f$", ha="center", fontsize=12, color=DARK)
-        axes.text(5.5, y - 0.5, rf"$[n, {width}]$", ha="center", fontsize=10, color=DARK)
-        axes.text(9.6, y, rf"${letter}_e$", ha="center", va="center", fontsize=14, color=color)
-        axes.text(9.6, y - 0.5, r"$[n, d_e]$", ha="center", fontsize=10, color=DARK)
-    arrow(axes, (9.9, 4.2), (10.6, 3.7))
-    arrow(axes, (9.9, 1.8), (10.6, 2.3))
-    draw_matrix(axes, 10.8, 1.2, 3.6)
-    axes.text(12.6, 5.45, "cosine similarity / temperature", ha="center", fontsize=12, color=DARK)
-    axes.text(12.6, 5.0, "a row per picture, a column per caption", ha="center", fontsize=10, color=DARK)
-    axes.text(12.6, 0.72, "loss: cross-entropy over rows and over columns,", ha="center", fontsize=11, color=DARK)
-    axes.text(12.6, 0.3, "true pairs on the diagonal", ha="center", fontsize=11, color=GREEN)
+        axes.text(6.25, y + 0.28, rf"${letter}_f$", ha="center", fontsize=12, color=DARK)
+        axes.text(6.25, y - 0.62, rf"$[n, {width}]$", ha="center", fontsize=10, color=DARK)
+        axes.text(10.7, y, rf"${letter}_e$", ha="center", va="center", fontsize=14, color=color)
+        axes.text(10.7, y - 0.62, r"$[n, d_e]$", ha="center", fontsize=10, color=DARK)
+    arrow(axes, (11.1, 4.2), (11.75, 3.7))
+    arrow(axes, (11.1, 1.8), (11.75, 2.3))
+    draw_matrix(axes, 11.9, 1.2, 3.6)
+    axes.text(13.7, 5.5, "cosine similarity / temperature", ha="center", fontsize=12, color=DARK)
+    axes.text(13.7, 5.0, "a row per picture, a column per caption", ha="center", fontsize=10, color=DARK)
+    axes.text(13.7, 0.62, "loss: cross-entropy over rows and columns,", ha="center", fontsize=11, color=DARK)
+    axes.text(13.7, 0.15, "true pairs on the diagonal", ha="center", fontsize=11, color=GREEN)
     save(figure, path)
 
 
 def draw_gains(path):
     """What helped on Flickr8k: a bar per change, in the order of its gain in rsum."""
     gains = read("gains")
-    figure, axes = plt.subplots(figsize=(11, 4.2))
-    points = [float(cell) for cell in gains["points"]]
+    rows = sorted(((float(cell), what) for cell, what in zip(gains["points"], gains["what"])), reverse=True)
+    points, names = zip(*rows)
+    figure, axes = plt.subplots(figsize=(8, 4.6))
     axes.barh(range(len(points)), points, color=BLUE)
     for row, value in enumerate(points):
         axes.text(value + 0.4, row, f"{value:.1f}", va="center", fontsize=10, color=DARK)
-    axes.set_yticks(range(len(points)), gains["what"], fontsize=10)
+    axes.set_yticks(range(len(points)), [textwrap.fill(name, 40) for name in names], fontsize=10)
     axes.invert_yaxis()
     axes.set(xlabel="points of rsum gained, on the development images", xlim=(0, max(points) + 3))
     axes.spines[["top", "right"]].set_visible(False)
@@ -92,18 +94,19 @@ def draw_gains(path):
 
 
 def draw_recall(path):
-    """rsum of each system on Flickr8k, published and ours; bars say on which images it was scored."""
+    """rsum of each system on Flickr8k, published and ours; its label says on which images it was scored, pale: development."""
     recall = read("recall")
     rows = [row for row in zip(recall["model"], recall["1,000 images"], recall["rsum"], recall["minutes"]) if row[2]]
-    figure, axes = plt.subplots(figsize=(11, 3.6))
+    figure, axes = plt.subplots(figsize=(8, 4.2))
     for position, (model, images, rsum, minutes) in enumerate(rows):
-        value, ours = float(rsum.split()[0]), "`" in model
+        value, ours = float(rsum.split()[0]), "`" in model  # without "± 0.7"
         axes.barh(position, value, color=BLUE if ours else GREY, alpha=0.55 if images == "development" else 1)
-        label = f"{value:g}, {images}" + (f", {minutes} minutes" if minutes else "")
+        label = f"{rsum}, {images}" + (f", {minutes} minutes" if minutes else "")
         axes.text(value + 4, position, label, va="center", fontsize=9, color=DARK)
-    axes.set_yticks(range(len(rows)), [model.replace("*", "").replace("`", "") for model, *_ in rows], fontsize=9)
+    names = [textwrap.fill(model.replace("*", "").replace("`", ""), 34) for model, *_ in rows]
+    axes.set_yticks(range(len(rows)), names, fontsize=10)
     axes.invert_yaxis()
-    axes.set(xlabel="rsum: the sum of the six recalls, at most 600", xlim=(0, 540))
+    axes.set(xlabel="rsum: the sum of the six recalls, at most 600; blue: this project", xlim=(0, 600))
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 

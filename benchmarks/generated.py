@@ -202,4 +202,4 @@ def measure(images: tuple[int, ...] = (200, 500, 6000), seeds: tuple[int, ...] =
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "generated.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/generated.py", None, sys.argv[1:]))

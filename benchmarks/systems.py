@@ -66,4 +66,4 @@ def measure(systems: tuple[str, ...] = tuple(SYSTEMS), seeds: tuple[int, ...] = 
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "systems.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/systems.py", None, sys.argv[1:]))

@@ -72,4 +72,4 @@ def measure(data_dir: str, weights_dir: str, seeds: tuple[int, ...] = (0, 1, 2),
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "time_to_recall.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/time_to_recall.py", None, sys.argv[1:]))

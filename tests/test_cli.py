@@ -1,31 +1,93 @@
 """The command line for people: a help of one screen, and mistakes that are answered with what was meant."""
 
-import pytest
+import re
+import sys
 
+import pytest
+import torch
+
+import app
+import evaluate
+import GAN
 import inference
-from config import PRESETS, Config, parse_config
+import main
+from config import PRESET_NOTES, PRESETS, Config, parse_config, run_cli
+from utils.cli import dataclass_flags
 from utils.errors import UserError
 
 
-def printed_help(capsys, *arguments):
+def printed_help(capsys, command, *arguments):
     with pytest.raises(SystemExit) as ended:
-        parse_config(list(arguments), "shapes")
+        command(*arguments)
     assert not ended.value.code
-    return capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: ") and max(map(len, shown.splitlines())) <= 100
+    return shown
 
 
-def test_the_help_fits_on_a_screen_and_shows_the_presets_own_values(capsys):
-    shown = printed_help(capsys, "best", "--help")
-    lines = shown.splitlines()
-    assert len(lines) <= 50 and max(map(len, lines)) <= 110
+def flags_in(shown):
+    """The flags that a help lists, without dashes in front."""
+    return re.findall(r"^  --(?:\[no-\])?([\w-]+)", shown, re.MULTILINE)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_help_fits_on_a_screen_and_shows_the_presets_own_values(preset, capsys):
+    shown = printed_help(capsys, parse_config, [preset, "--help"], "shapes")
+    assert len(shown.splitlines()) <= 45
     assert all(f"  {name} " in shown for name in PRESETS)
-    assert "--epochs 12" in shown and "--run-dir runs/best" in shown and "--help-all" in shown
-    assert "--batch-size 128" in printed_help(capsys, "--help")
+    assert f"--run-dir {PRESETS[preset].run_dir}" in shown and "--help-all" in shown
+    assert "--epochs 12 " in printed_help(capsys, parse_config, ["best", "-h"], "shapes")
+    assert "--batch-size 128 " in printed_help(capsys, parse_config, ["--help"], "shapes")
 
 
-def test_all_flags_are_shown_on_request(capsys):
-    shown = printed_help(capsys, "--help-all")
-    assert not [name for name in vars(Config()) if f"--{name.replace('_', '-')}" not in shown]
+def test_every_preset_is_described():
+    assert list(PRESET_NOTES) == list(PRESETS)
+
+
+def test_all_flags_are_shown_once_and_in_groups_on_request(capsys):
+    shown = printed_help(capsys, parse_config, ["--help-all"], "shapes")
+    assert flags_in(shown) == [name.replace("_", "-") for name in vars(Config())]
+    groups = ["Data", "Encoders", "Heads", "Training", "Generated pictures", "The run"]
+    assert [line for line in shown.splitlines() if line.removesuffix(":") in groups] == [f"{name}:" for name in groups]
+    assert shown.index("Training:") < shown.index("--[no-]heads-first") < shown.index("Generated pictures:")
+
+
+def test_every_setting_has_a_text():
+    assert all(flag.text for settings in (Config(), GAN.GANConfig()) for flag in dataclass_flags(settings))
+
+
+def test_flags_that_are_on_can_be_turned_off():
+    flags = ["--no-heads-first", "--no-hflip", "--no-fast-convolutions", "--no-skip-bad"]
+    config, _ = parse_config(["best", *flags], "shapes")
+    assert not (config.heads_first or config.hflip or config.fast_convolutions or config.skip_bad)
+    assert parse_config(["shapes", "--hflip", "--no-download"], "shapes")[0].hflip
+
+
+@pytest.mark.parametrize("function", [*evaluate.TASKS.values(), inference.search, app.serve])
+def test_the_help_of_a_command_explains_each_flag_once(function, capsys):
+    shown = printed_help(capsys, run_cli, function, "command.py", None, ["--help"], ["python command.py here"])
+    assert shown.index("  python command.py here") < shown.index("Flags")
+    flags = flags_in(shown)
+    assert flags and len(flags) == len(set(flags)) and "device" in flags or function is evaluate.leaks
+    assert not re.search(r"^  (--\S+ \S+|\S+ \.\.\.)\s*$", re.sub(r"\n {38}", " ", shown), re.MULTILINE)  # one without text
+    if function is not inference.search:
+        assert "json-path" not in flags and "QUERY" not in shown
+    else:
+        assert "json" in flags and "[QUERY ...]" in shown and "--export '' " in shown
+
+
+def test_the_help_of_evaluate_has_an_example_per_task(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--help"])
+    evaluate.main()
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 100
+    assert all(f"\n  {task} --" in shown for task in evaluate.TASKS) and list(evaluate.EXAMPLES) == list(evaluate.TASKS)
+
+
+def test_the_help_of_the_generator(capsys):
+    shown = printed_help(capsys, GAN.parse_config, ["flickr8k", "--help"])
+    assert "python GAN.py shapes --generate 5000" in shown and "--run runs/flickr8k " in shown
+    assert flags_in(shown) == [name.replace("_", "-") for name in vars(GAN.GANConfig())]
 
 
 @pytest.mark.parametrize(
@@ -34,6 +96,9 @@ def test_all_flags_are_shown_on_request(capsys):
         (["shape"], "did you mean shapes?"),
         (["nothing-like-it"], "is unknown; there are flickr8k"),
         (["--batch-size", "64", "shapes"], "python main.py shapes --batch-size 64"),
+        (["--batch-size=64", "shapes"], "python main.py shapes --batch-size=64"),
+        (["--no-hflip", "shapes"], "python main.py shapes --no-hflip"),
+        (["shapes", "--batch-size", "64", "gpt2"], "gpt2: shapes is the preset already"),
     ],
 )
 def test_a_mistaken_preset_is_answered(arguments, message):
@@ -50,3 +115,12 @@ def test_an_encoder_named_as_a_preset_is_no_late_preset():
 def test_words_without_quotes_are_asked_about():
     with pytest.raises(UserError, match='python inference.py "a red circle"'):
         inference.search(("a", "red", "circle"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")
+def test_a_missing_device_is_named_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", "shapes", "--device", "cuda"])
+    with pytest.raises(UserError, match="--device cuda"):
+        main.main()
+    assert not list(tmp_path.iterdir())

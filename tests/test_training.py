@@ -20,7 +20,7 @@ import main
 from captions import load_captions
 from config import PRESETS, Config, heads_config, parse_config
 from modules import ImageEncoder
-from training import feature_cache, optimization, report, steps
+from training import checkpoint, feature_cache, optimization, report, steps
 from utils import cache
 from utils.cache import model_key
 from utils.errors import UserError
@@ -646,3 +646,8 @@ def test_the_validation_loss_is_that_of_first_captions_in_whole_batches():
     T_f = torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0], [1, 0], [0, 1]])  # the second caption is image 0's, too
     loss = report.validation_loss(model, I_f, T_f, np.array([0, 0, 1, 2, 3, 4]), 2, "cpu")
     assert loss == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
+
+
+def test_a_run_of_an_older_version_gets_new_columns_when_it_goes_on(tmp_path):
+    checkpoint.write_history(tmp_path / "history.csv", [{"epoch": 1, "loss": 2.0}, {"epoch": 2, "loss": 1.0, "val_loss": 1.5}])
+    assert (tmp_path / "history.csv").read_text().split() == ["epoch,loss,val_loss", "1,2.0,", "2,1.0,1.5"]

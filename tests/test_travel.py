@@ -1,7 +1,10 @@
 """Models that leave their machine: as a run folder through a model hub, as ONNX, with a card; and the notebook."""
 
 import json
+import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -148,10 +151,9 @@ def test_every_preset_of_the_sample_becomes_onnx_files(preset, options, tmp_path
     check_onnx(model, tmp_path)
 
 
-def test_the_notebook_runs_and_is_kept_without_its_outputs(tmp_path, sample, monkeypatch):
+def test_the_notebook_runs(tmp_path, sample, monkeypatch):
     nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
     notebook = nbformat.read(ROOT / "notebook.ipynb", as_version=4)
-    assert all(cell.get("outputs", []) == [] and cell.get("execution_count") is None for cell in notebook.cells)
     assert len(notebook.cells) <= 20
     shutil.copytree(sample, tmp_path / "Datasets" / "shapes")
     monkeypatch.setenv("EPOCHS", "1")
@@ -159,8 +161,52 @@ def test_the_notebook_runs_and_is_kept_without_its_outputs(tmp_path, sample, mon
     for cell in notebook.cells:  # the small sample has fewer images than the preset's batch
         cell.source = cell.source.replace("replace(PRESETS[preset],", "replace(PRESETS[preset], batch_size=32,")
     nbclient.NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    pictures = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 4
+    for printed in ("no Flickr8k in", "by clip.contrastive_loss", "rsum", "a red circle"):
+        assert printed in json.dumps(outputs)
+    assert all("image/png" in json.dumps(cell.outputs) for cell in notebook.cells[-3::2])  # search and heat maps
+
+
+def test_the_notebooks_stored_outputs_are_whole_and_small():
+    path = ROOT / "notebook.ipynb"
+    text = path.read_text(encoding="utf-8")
+    code = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert path.stat().st_size < 900_000
+    pictures = ["".join(output["data"]["image/png"]) for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) >= 4
-    assert json.dumps(notebook.cells[-1].outputs).count("a red circle") >= 1
+    assert max(map(len, pictures)) * 3 / 4 < 150_000  # base64 takes 4 characters for 3 bytes
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert not re.search(r"/(?:home|Users|root|tmp|opt|work)/|\\r", text)  # paths of a machine, progress bars
+
+
+def first_cell(cwd, repository=""):
+    """Runs the notebook's first cell as it would be run in a folder; returns what it prints."""
+    cells = json.loads((ROOT / "notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    source = "".join(next(cell["source"] for cell in cells if cell["cell_type"] == "code"))
+    assert 'REPOSITORY = ""' in source
+    source = source.replace('REPOSITORY = ""', f"REPOSITORY = {str(repository)!r}") + "\nprint(os.getcwd())"
+    command = [sys.executable, "-c", source]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=280).stdout
+
+
+def test_the_notebooks_first_cell_says_that_the_project_is_missing(tmp_path):
+    line, cwd = first_cell(tmp_path).splitlines()
+    assert line.startswith("config.py is missing: set REPOSITORY")
+    assert cwd == str(tmp_path)
+
+
+def test_the_notebooks_first_cell_clones_the_project_once(tmp_path):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    project.mkdir()
+    elsewhere.mkdir()
+    (project / "config.py").touch()
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *arguments], cwd=project, check=True)
+    for _ in range(2):
+        line, cwd = first_cell(elsewhere, project.as_uri()).splitlines()
+        assert line == "the project and its requirements are here"
+        assert cwd == str(elsewhere / "clip-project")

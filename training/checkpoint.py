@@ -117,7 +117,7 @@ def lock_run_dir(run_dir):
 def write_history(path, history):
     def write(temporary):
         with open(temporary, "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, fieldnames=history[0])
+            writer = csv.DictWriter(file, fieldnames=history[-1])  # rows of an older version may have fewer
             writer.writeheader()
             writer.writerows(history)
 

@@ -56,9 +56,9 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
 
 def history_row(state, trained, scores, seconds):
     """A row of history.csv. trained: what `train_epoch` gives; scores: what `validate` gives."""
-    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "val_loss": scores["loss"]}
-    row["chance_loss"] = math.log(state.config.batch_size)
-    row |= {"temperature": math.exp(-state.model.logit_scale.item()), "lr_scale": trained["lr_scale"]}
+    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "chance_loss": math.log(state.config.batch_size)}
+    row |= {"val_loss": scores["loss"], "temperature": math.exp(-state.model.logit_scale.item())}
+    row["lr_scale"] = trained["lr_scale"]
     for direction in ("image_to_text", "text_to_image"):
         row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
     return row | {"skipped_steps": trained["skipped_steps"], "rsum": scores["rsum"], "seconds": seconds}

@@ -1,6 +1,7 @@
 """Helpers that all other parts use.
 
 cache.py   cached results on disk; a command lists them and deletes what no run uses
+cli.py     the help of the commands, from comments and docstrings
 device.py  the device and the precision to compute with
 errors.py  errors as clear messages: user mistakes, SIGTERM, out of memory, lost processes
 files.py   atomic writes of files and folders

@@ -31,12 +31,13 @@ def save(figure, path, show=False):
 
 
 def draw_curves(history, path):
-    """history: a list of dicts, one per epoch, with the columns of history.csv."""
+    """history: a list of dicts, one per epoch, with the columns of history.csv; older runs have no val_loss."""
     epochs = [row["epoch"] for row in history]
     best = max(history, key=lambda row: row["rsum"])["epoch"]
     figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4), layout="constrained")
     left.plot(epochs, [row["loss"] for row in history], color=DARK, label="training loss")
-    left.plot(epochs, [row.get("val_loss", np.nan) for row in history], color="#d2691e", label="validation loss")
+    if any("val_loss" in row for row in history):
+        left.plot(epochs, [row.get("val_loss", np.nan) for row in history], color="#d2691e", label="validation loss")
     left.plot(epochs, [row["chance_loss"] for row in history], "--", color=GREY, label="ln(batch): chance")
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False)
