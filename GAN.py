@@ -1,9 +1,5 @@
 """Generates pictures from captions: python GAN.py [PRESET] trains a generator; with --generate N it writes new pairs.
 
-    python GAN.py shapes
-    python GAN.py shapes --generate 5000
-    python main.py shapes --extra-data runs/shapes-gan/pictures
-
 Pictures are generated from training captions, and so come with captions. The captions are embedded by the frozen text encoder
 of a run of main.py.
 """
@@ -65,6 +61,11 @@ from utils.files import atomic_dir, atomic_write, remove_leftovers, write_json
 from utils.images import decode_images
 from utils.plots import draw_grid
 
+EXAMPLES = (
+    "python GAN.py shapes",
+    "python GAN.py shapes --generate 5000",
+    "python main.py shapes --extra-data runs/shapes-gan/pictures",
+)
 FORMAT = 1  # of gan.json; a folder with another format is refused
 CHECK_EVERY = 20  # steps between checks of the losses
 NUM_SAMPLES = 16  # validation captions in each grid of samples/
@@ -109,10 +110,8 @@ def parse_config(arguments):
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r} is unknown; there are {', '.join(PRESETS)}")
     if HELP & set(flags):
-        summary, examples = __doc__.splitlines()[0].partition(": ")[0] + ".", __doc__.splitlines()[2:5]
-        shown = dataclass_flags(PRESETS[preset])
         usage = f"python GAN.py [{'|'.join(PRESETS)}] [--flags]"
-        print(command_help(usage, summary, [line.strip() for line in examples], shown))
+        print(command_help(usage, "Generates pictures from captions.", EXAMPLES, dataclass_flags(PRESETS[preset])))
         sys.exit(0)
     parse = partial(tyro.cli, GANConfig, args=flags, prog="GAN.py [PRESET]")
     config = parse(default=PRESETS[preset])

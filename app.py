@@ -235,4 +235,4 @@ def serve(
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(serve, "app.py", None, sys.argv[1:], EXAMPLES))
+    run_command(lambda: run_cli(serve, "app.py", sys.argv[1:], EXAMPLES))

@@ -308,7 +308,7 @@ def parse_config(arguments, default_preset):
 
 def refuse_late_preset(arguments):
     """Raises UserError where a preset stands behind a flag, where it would not be taken as one."""
-    switches = {f"--{flag.usage().removeprefix('--[no-]')}" for flag in dataclass_flags(Config()) if flag.is_bool}
+    switches = {f"--{flag.name}" for flag in dataclass_flags(Config()) if flag.is_bool}
     for before, word, position in zip(arguments, arguments[1:], range(1, len(arguments))):
         flag = before.replace("_", "-").replace("--no-", "--")
         takes_value = flag.startswith("-") and "=" not in flag and flag not in switches
@@ -477,7 +477,7 @@ def load_run(run_dir):
         raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
 
 
-def run_cli(function, program, description, arguments, examples=()):
+def run_cli(function, program, arguments, examples=()):
     """Calls a command's function with the arguments of the command line, which become flags named as its own.
 
     With --help it prints a help instead, whose texts are those of the function's docstring. examples: commands to show there.
@@ -485,7 +485,7 @@ def run_cli(function, program, description, arguments, examples=()):
     if HELP & set(arguments):
         flags = function_flags(function)
         words = "".join(f" [{flag.usage()}]" for flag in flags if flag.positional)
-        summary = description or (function.__doc__ or "").partition("\n\n")[0]
+        summary = (function.__doc__ or "").partition("\n\n")[0]
         print(command_help(f"python {program}{words} [--flags]", summary, examples, flags))
         sys.exit(0)
-    return tyro.cli(function, prog=program, description=description, args=arguments)
+    return tyro.cli(function, prog=program, args=arguments)

@@ -190,7 +190,7 @@ def main():
     elif task not in TASKS:
         raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
     else:
-        run_cli(TASKS[task], f"evaluate.py {task}", None, arguments, [f"python evaluate.py {EXAMPLES[task]}"])
+        run_cli(TASKS[task], f"evaluate.py {task}", arguments, [f"python evaluate.py {EXAMPLES[task]}"])
 
 
 if __name__ == "__main__":

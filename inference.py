@@ -104,17 +104,7 @@ def search(
         raise UserError(f"--n {n}: must be 1 or more")
     if export:
         return write_onnx(run or newest_run())
-    if bool(query) + bool(query_file) + bool(image) != 1:
-        raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
-    if len(query) > 1 and not weights and not any(" " in text.strip() for text in query):
-        words = " ".join(query)
-        raise UserError(
-            f'several words without quotes; one query: python inference.py "{words}"; to add texts up, give them --weights, too'
-        )
-    if (minus or weights or explain) and not query:
-        raise UserError("--minus, --weights and --explain: go with a text to look for")
-    if classify and not image:
-        raise UserError("--classify: needs the picture, --image FILE")
+    refuse_unclear(query, minus, weights, query_file, image, classify, explain)
     run = run or newest_run()
     model, device, dtype = open_model(run, device, precision)
     if classify:
@@ -135,6 +125,21 @@ def search(
     else:
         answer = answer_lines(gallery, lines, embedding, n)
     return write_answer(json_path, answer)
+
+
+def refuse_unclear(query, minus, weights, query_file, image, classify, explain):
+    """Raises UserError unless there is one thing to look for, and flags that go with it. Parameters: those of `search`."""
+    if bool(query) + bool(query_file) + bool(image) != 1:
+        raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
+    if len(query) > 1 and not weights and not any(" " in text.strip() for text in query):
+        words = " ".join(query)
+        raise UserError(
+            f'several words without quotes; one query: python inference.py "{words}"; to add texts up, give them --weights, too'
+        )
+    if (minus or weights or explain) and not query:
+        raise UserError("--minus, --weights and --explain: go with a text to look for")
+    if classify and not image:
+        raise UserError("--classify: needs the picture, --image FILE")
 
 
 def answer_text(model, gallery, query, n, output, read_picture):
@@ -211,4 +216,4 @@ def as_records(matches):
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(search, "inference.py", None, sys.argv[1:], EXAMPLES))
+    run_command(lambda: run_cli(search, "inference.py", sys.argv[1:], EXAMPLES))

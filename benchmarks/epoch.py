@@ -56,4 +56,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/epoch.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/epoch.py", sys.argv[1:]))

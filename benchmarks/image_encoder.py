@@ -58,4 +58,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/image_encoder.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/image_encoder.py", sys.argv[1:]))

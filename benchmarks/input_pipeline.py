@@ -95,4 +95,4 @@ def measure(
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/input_pipeline.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/input_pipeline.py", sys.argv[1:]))

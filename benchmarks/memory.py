@@ -133,4 +133,4 @@ def measure(batch_sizes: tuple[int, ...] = (256, 1024, 4096), micro_batch_size: 
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/memory.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/memory.py", sys.argv[1:]))

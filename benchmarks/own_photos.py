@@ -91,4 +91,4 @@ def measure(pictures: int = 20_000, side: int = 96, run: str = "", num_workers: 
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/own_photos.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/own_photos.py", sys.argv[1:]))

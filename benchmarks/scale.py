@@ -117,4 +117,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["step"]:
         run_command(lambda: step(*map(int, sys.argv[2:])))
     else:
-        run_command(lambda: run_cli(measure, "benchmarks/scale.py", None, sys.argv[1:]))
+        run_command(lambda: run_cli(measure, "benchmarks/scale.py", sys.argv[1:]))

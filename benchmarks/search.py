@@ -72,4 +72,4 @@ def measure(pictures: int = 1_000_000, width: int = 256, queries: int = 200, n: 
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/search.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/search.py", sys.argv[1:]))

@@ -62,8 +62,14 @@ def measure(systems: tuple[str, ...] = tuple(SYSTEMS), seeds: tuple[int, ...] = 
                 print(f"seed {seed}, {system}: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
     columns = list(next(iter(results.values()))[0])
     rows = [[system, *(spread([row[column] for row in runs]) for column in columns)] for system, runs in results.items()]
-    report(f"Systems on the drawn sample, seeds {', '.join(map(str, seeds))}", ["system", *columns], rows, json)
+    report(
+        f"Systems on the drawn sample, seeds {', '.join(map(str, seeds))}",
+        ["system", *columns],
+        rows,
+        json,
+        ", ".join(map(str, seeds)),
+    )
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/systems.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/systems.py", sys.argv[1:]))

@@ -68,8 +68,10 @@ def measure(data_dir: str, weights_dir: str, seeds: tuple[int, ...] = (0, 1, 2),
         for name in recipes
     ]
     columns = ["recipe", *(f"s to {goal}" for goal in GOALS), "s to the end", "best rsum"]
-    report(f"From JPEGs to validation rsum, seeds {', '.join(map(str, seeds))}", columns, rows, json)
+    report(
+        f"From JPEGs to validation rsum, seeds {', '.join(map(str, seeds))}", columns, rows, json, ", ".join(map(str, seeds))
+    )
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(measure, "benchmarks/time_to_recall.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/time_to_recall.py", sys.argv[1:]))

@@ -227,4 +227,4 @@ def measure(
 
 if __name__ == "__main__":
     multiprocessing.set_start_method("spawn")
-    run_command(lambda: run_cli(measure, "benchmarks/train_step.py", None, sys.argv[1:]))
+    run_command(lambda: run_cli(measure, "benchmarks/train_step.py", sys.argv[1:]))

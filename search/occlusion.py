@@ -1,6 +1,6 @@
 """Occlusion maps: which parts of a picture match a text? (Zeiler and Fergus 2014)
 
-A grey square covers one part of the picture after another. Where the cosine drops most, the picture matches the text.
+A square of the picture's mean colour covers one part after another. Where the cosine drops most, the picture matches the text.
 """
 
 import numpy as np

@@ -65,7 +65,7 @@ def test_flags_that_are_on_can_be_turned_off():
 
 @pytest.mark.parametrize("function", [*evaluate.TASKS.values(), inference.search, app.serve])
 def test_the_help_of_a_command_explains_each_flag_once(function, capsys):
-    shown = printed_help(capsys, run_cli, function, "command.py", None, ["--help"], ["python command.py here"])
+    shown = printed_help(capsys, run_cli, function, "command.py", ["--help"], ["python command.py here"])
     assert shown.index("  python command.py here") < shown.index("Flags")
     flags = flags_in(shown)
     assert flags and len(flags) == len(set(flags)) and "device" in flags or function is evaluate.leaks

@@ -146,7 +146,7 @@ def faults_of_command(script, words):
         return [f"{script} is missing"]
     if script != "main.py":
         return []
-    flags = {field.name.replace("_", "-") for field in dataclasses.fields(Config)} | {"help", "help-all", "dry-run"}
+    flags = {field.name.replace("_", "-") for field in dataclasses.fields(Config)} | {"help", "help-all"}
     faults = [f"{words[0]}: no such preset"] if words and not words[0].startswith("-") and words[0] not in PRESETS else []
     shown = [word[2:].partition("=")[0].replace("_", "-") for word in words if word.startswith("--")]
     return faults + [f"--{flag}: no such flag" for flag in shown if not {flag, flag.removeprefix("no-")} & flags]
@@ -162,6 +162,7 @@ def test_a_command_that_does_not_exist_is_found():
         "lost: no such preset",
         "--lr: no such flag",
         "--z: no such flag",
+        "--dry-run: no such flag",
     ]
 
 

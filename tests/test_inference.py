@@ -100,7 +100,7 @@ def test_find_matches_ranks_by_cosine_and_gives_what_there_is(run):
 
 
 def search(*flags):
-    inference.run_cli(inference.search, "inference.py", None, list(map(str, flags)))
+    inference.run_cli(inference.search, "inference.py", list(map(str, flags)))
 
 
 def test_large_galleries_are_searched_through_a_graph_that_stays(run, sample, tmp_path, monkeypatch, capsys):
@@ -232,7 +232,7 @@ def test_bad_searches_are_named(run, tmp_path, monkeypatch, capsys, problem):
     places = {"RUN": str(run), "EMPTY": str(tmp_path)}
     flags = [places.get(argument, argument) for argument in arguments]
     with pytest.raises(UserError, match=expected):
-        inference.run_cli(inference.search, "inference.py", None, flags)
+        inference.run_cli(inference.search, "inference.py", flags)
     assert list(tmp_path.iterdir()) == []
 
 

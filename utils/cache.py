@@ -161,4 +161,4 @@ def cache(cache_dir: str = ".cache", runs: tuple[str, ...] = ("runs",), delete: 
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(cache, "-m utils.cache", None, sys.argv[1:]))
+    run_command(lambda: run_cli(cache, "-m utils.cache", sys.argv[1:]))
