@@ -8,7 +8,6 @@ import dataclasses
 import json
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -58,8 +57,8 @@ from utils.cli import HELP, command_help, dataclass_flags
 from utils.device import autocast
 from utils.errors import UserError, run_command
 from utils.files import atomic_dir, atomic_write, remove_leftovers, write_json
-from utils.images import decode_images
-from utils.plots import draw_grid
+from utils.images import center_crop, decode_images, read_images
+from utils.plots import draw_generated
 
 EXAMPLES = (
     "python GAN.py shapes",
@@ -68,7 +67,7 @@ EXAMPLES = (
 )
 FORMAT = 1  # of gan.json; a folder with another format is refused
 CHECK_EVERY = 20  # steps between checks of the losses
-NUM_SAMPLES = 16  # validation captions in each grid of samples/
+NUM_SAMPLES = 8  # validation captions in each grid of samples/
 GENERATE_BATCH = 256  # pictures per forward pass
 
 
@@ -197,7 +196,7 @@ def train(config, preset):
     remove_leftovers(config.cache_dir)
     pictures, captions, image_of_text = load_training_pairs(config, source)
     embeddings = source.embed(captions)  # (m, d_e)
-    sample_captions = pick_validation_captions(source.table)
+    sample_captions, sample_pictures = pick_validation_pairs(source)
     sample_embeddings = source.embed(sample_captions).to(device)
 
     torch.manual_seed(config.seed)
@@ -218,8 +217,8 @@ def train(config, preset):
         history.append(row | {"seconds": time.perf_counter() - started})
         save_state(run_dir, parts, history)
         samples = draw_pictures(parts["average"].module, sample_noise, sample_embeddings)
-        titles = [textwrap.fill(caption, 34) for caption in sample_captions]
-        draw_grid(f"validation captions, epoch {epoch + 1}", samples, titles, run_dir / "samples" / f"epoch-{epoch + 1:03}.png")
+        path = run_dir / "samples" / f"epoch-{epoch + 1:03}.png"
+        draw_generated(f"validation captions, epoch {epoch + 1}", sample_captions, sample_pictures, samples, path)
         print(
             f"epoch {epoch + 1:{len(str(config.epochs))}}/{config.epochs}  discriminator {loss_d:.3f}  "
             f"generator {loss_g:.3f}  {history[-1]['seconds']:.1f} s",
@@ -247,10 +246,13 @@ def load_training_pairs(config, source):
     return pictures, rows["caption"], image_of_text
 
 
-def pick_validation_captions(table):
-    """At most NUM_SAMPLES validation captions, evenly spaced, for the grids of samples."""
-    captions = list(table.loc[table["split"] == "val", "caption"])
-    return captions[:: max(1, len(captions) // NUM_SAMPLES)][:NUM_SAMPLES]
+def pick_validation_pairs(source):
+    """At most NUM_SAMPLES validation captions, evenly spaced, and their pictures, for the grids of samples."""
+    rows = source.table[source.table["split"] == "val"]
+    rows = rows[:: max(1, len(rows) // NUM_SAMPLES)][:NUM_SAMPLES]
+    pictures = read_images([source.image_dir / name for name in rows["image"]], IMAGE_SIZE)
+    pairs = [(text, center_crop(image, IMAGE_SIZE)) for text, (image, _) in zip(rows["caption"], pictures) if image is not None]
+    return [text for text, _ in pairs], [image for _, image in pairs]
 
 
 def create_parts(config, width, device):

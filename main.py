@@ -25,7 +25,8 @@ from training.checkpoint import (
 )
 from training.data import fetch_data, load_splits, read_table, train_loader
 from training.feature_cache import activation_bytes, freeze_encoders
-from training.report import draw_generated, history_row, print_epoch, print_setup, validate, write_report
+from training.plan import print_plan
+from training.report import draw_generated_pictures, history_row, print_epoch, print_setup, validate, write_report
 from training.state import create_state
 from training.steps import train_epoch
 from utils.cache import cache_line, note_use
@@ -50,7 +51,7 @@ def train(config):
         if config.resume == "no":
             start_run(config, model, table, skipped + bad)
 
-    if trains_heads_first(config) and not has_checkpoint(run_dir):
+    if trains_heads_first(config) and (config.resume == "no" or not has_checkpoint(run_dir)):
         print("heads first: only the projection heads are trained, on features from the two frozen encoders")
         model.load_state_dict(train(heads_config(config, splits["train"].num_real)).state_dict())
         if distributed.is_main_process():
@@ -77,7 +78,7 @@ def train(config):
             best = scores["rsum"] > max([start_rsum, *state.rsums])
             state.end_epoch(history_row(state, trained, scores, time.perf_counter() - started))
             if state.joint:
-                draw_generated(state, splits["val"], device, dtype)
+                draw_generated_pictures(state, splits["val"], device, dtype)
             state.save_epoch(best)
             print_epoch(state.history[-1], config.epochs, best)
 
@@ -115,6 +116,8 @@ def main():
     if gpus > 1 and distributed.size() == 1 and config.device in ("auto", "cuda") and config.gan == "none":
         words = shlex.join(sys.argv[1:])
         print(f"one of {gpus} GPUs is used; all: torchrun --nproc-per-node {gpus} main.py {words}", flush=True)
+    if config.dry_run:
+        return print_plan(config, flickr8k_dir)
     try:
         with at_sigterm(exit_terminated), contextlib.nullcontext() if distributed.rank() else lock_run_dir(config.run_dir):
             with distributed.main_process_first():

@@ -399,6 +399,8 @@ def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, mo
     heads = {"epochs": 3, "batch_size": 96}
     monkeypatch.setattr(main, "heads_config", lambda *given: main.replace(heads_config(*given), **heads))
     flags = small_flags(image_weights=tmp_path / "image.safetensors", text_encoder=tmp_path / "text", epochs=1)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes(b"left by a process that was still ending")
     train(flags, "--text-weights", "pretrained", "--heads-first")
     heads = weights(tmp_path / "run" / "heads")
     assert len(begun) == 4

@@ -7,6 +7,7 @@ feature_cache.py   cache the outputs of frozen encoders
 gradient_cache.py  the gradient of a large batch, computed in micro-batches
 model_card.py      the model card of a run
 optimization.py    the optimizer's parameter groups, and the learning rate schedule
+plan.py            what a run would do, for --dry-run
 report.py          what is printed and drawn during training and at its end
 state.py           everything that training changes: created, saved and restored together
 steps.py           one epoch, and its training steps

@@ -1,7 +1,6 @@
 """What is printed and drawn during training and at its end, and the rows of history.csv."""
 
 import math
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +13,10 @@ from training import distributed
 from training.checkpoint import PREVIOUS
 from training.data import split_features
 from training.model_card import write_card
-from utils.plots import draw_curves, draw_grid, draw_matches, draw_similarity
+from utils.plots import draw_curves, draw_generated, draw_matches, draw_similarity
 
 NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.png
-NUM_GENERATED = 16  # in generated.png
+NUM_GENERATED = 8  # in generated.png
 
 
 def validate(model, split, batch_size, device, dtype):
@@ -79,13 +78,17 @@ def print_epoch(row, epochs, best):
     )
 
 
-def draw_generated(state, split, device, dtype):
-    """Draws generated.png: generated pictures for some captions of a split."""
-    model, captions = state.scored_model, split.captions[:: max(1, len(split.captions) // NUM_GENERATED)][:NUM_GENERATED]
+def draw_generated_pictures(state, split, device, dtype):
+    """Draws generated.png: generated pictures for some captions of a split, below the real ones."""
+    model, chosen = (
+        state.scored_model,
+        range(0, len(split.captions), max(1, len(split.captions) // NUM_GENERATED))[:NUM_GENERATED],
+    )
+    captions, real = [split.captions[i] for i in chosen], [split.pictures[split.image_of_text[i]] for i in chosen]
     T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
     pictures = state.joint.pictures(project_and_normalize(model.text_projection, T_f, device))
-    titles = [textwrap.fill(caption, 34) for caption in captions]
-    draw_grid("generated for validation captions", pictures, titles, Path(state.config.run_dir) / "generated.png")
+    path = Path(state.config.run_dir) / "generated.png"
+    draw_generated(f"validation captions, epoch {len(state.history)}", captions, real, pictures, path)
 
 
 def write_report(state, splits, start_rsum, device, dtype):

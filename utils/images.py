@@ -31,6 +31,7 @@ MAX_ASPECT_RATIO = 3  # of the longer to the shorter side; more is cut off evenl
 VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, OpenCV {cv2.__version__}"
 PREFETCH = 256  # images decoded ahead
 NUM_SHOWN = 3  # bad images listed in an error
+NUM_MEASURED = 50  # pictures whose decoded size stands for that of all
 
 cv2.setNumThreads(0)  # its threads would compete with torch's for the cores; we use one thread per image instead
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we report broken files ourselves
@@ -155,11 +156,17 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_t
     return images, bad
 
 
+def decoded_bytes(paths, size):
+    """About how many bytes the decoded pictures of so many paths take, from at most NUM_MEASURED of them."""
+    some = read_images(paths[:: -(-len(paths) // NUM_MEASURED)], size)
+    sizes = [image.nbytes for image, _ in some if image is not None]
+    return len(paths) * sum(sizes) / max(1, len(sizes))
+
+
 def write_decoded(folder, paths, size, num_workers, skip_bad):
     """Writes the folder of a DecodedImages; on failure it leaves nothing behind."""
     temporary = temporary_path(folder)
-    gigabytes = len(paths) * size * size * 1.4 * 3 / 1e9  # most photos have an aspect ratio of about 1.4
-    print(f"decoding {len(paths):,} pictures into {folder.parent} (about {gigabytes:.2f} GB)")
+    print(f"decoding {len(paths):,} pictures into {folder.parent} (about {decoded_bytes(paths, size) / 1e9:.2f} GB)")
     shapes, bad = [], []
     try:
         temporary.mkdir(parents=True, exist_ok=True)

@@ -106,14 +106,14 @@ def draw_confusion(names, counts, path):
     save(figure, path)
 
 
-def draw_row(axes, pictures, titles, correct=None):
+def draw_row(axes, pictures, titles, correct=None, fontsize=8):
     """Pictures side by side, each under its title; the correct one, at position `correct`, is framed."""
     for i, axis in enumerate(axes):
         if i >= len(pictures):
             axis.axis("off")
             continue
         axis.imshow(pictures[i])
-        axis.set_title(titles[i], fontsize=8, color=GREEN if i == correct else DARK)
+        axis.set_title(titles[i], fontsize=fontsize, color=GREEN if i == correct else DARK)
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set(visible=i == correct, color=GREEN, linewidth=3)
 
@@ -128,6 +128,22 @@ def draw_grid(query, pictures, titles, path, show=False):
         chosen = slice(row * columns, (row + 1) * columns)
         draw_row(axes[row], pictures[chosen], titles[chosen])
     save(figure, path, show)
+
+
+def draw_generated(title, captions, real, generated, path):
+    """Generated pictures, each below the real picture of its caption. real, generated: (h, w, 3) arrays, one per caption."""
+    columns = min(4, len(captions))
+    rows = int(np.ceil(len(captions) / columns))
+    figure, axes = plt.subplots(2 * rows, columns, figsize=(2.6 * columns, 5.7 * rows), squeeze=False, layout="constrained")
+    figure.suptitle(title, fontsize=14)
+    titles = [textwrap.fill(tidy(caption), 28) for caption in captions]
+    for row in range(rows):
+        chosen = slice(row * columns, (row + 1) * columns)
+        draw_row(axes[2 * row], real[chosen], titles[chosen], fontsize=10)
+        draw_row(axes[2 * row + 1], generated[chosen], [""] * columns)
+        axes[2 * row, 0].set_ylabel("real", fontsize=12)
+        axes[2 * row + 1, 0].set_ylabel("generated", fontsize=12)
+    save(figure, path)
 
 
 def overlay(picture, heat):

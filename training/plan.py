@@ -1,0 +1,178 @@
+"""What a run would do, for `python main.py --dry-run`: its data, encoders, steps, and the disk space and memory it takes."""
+
+import shutil
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from clip import create_model, loss_over_captions
+from config import SHAPES, generated_per_batch, heads_config, trains_heads_first
+from dataset import pad
+from Datasets import shapes
+from embedding import IMAGE_BATCH, token_ids
+from encoders.stages import unfreeze_from
+from training.data import fetch_data, read_table
+from training.feature_cache import activation_bytes
+from training.optimization import parameter_groups
+from utils.device import autocast, pick_device, pick_dtype
+from utils.errors import UserError
+from utils.images import decoded_bytes
+
+GB = 1e9
+PYTHON = 0.6  # GB that Python and torch take before a model is made
+
+
+def print_plan(config, flickr8k_dir):
+    """Prints what a run with this Config would do, and writes nothing. flickr8k_dir: as for `training.data.fetch_data`.
+
+    A sample that is not drawn yet is drawn into a temporary folder. Raises UserError where the run would, and where Flickr8k
+    would have to be downloaded first.
+    """
+    device = pick_device(config.device)
+    dtype = pick_dtype(config.precision, device)
+    with tempfile.TemporaryDirectory() as folder:
+        if config.data_dir == SHAPES.data_dir and not Path(config.data_dir).exists():
+            shapes.draw(f"{folder}/sample")
+            table, image_dir, _ = read_table(replace(config, data_dir=f"{folder}/sample"))
+            print(f"{'data':12}the sample, which would be drawn into {config.data_dir}")
+        else:
+            if config.download and not (config.data_dir or flickr8k_dir):
+                raise UserError("--dry-run --download: a dry run downloads nothing; leave --dry-run out to get Flickr8k")
+            table, image_dir, _ = read_table(fetch_data(config, flickr8k_dir))
+            print(f"{'data':12}{image_dir}")
+        model = create_model(config, table["caption"][table["split"] == "train"])
+        if config.image_unfreeze_from:
+            unfreeze_from(model.image_encoder, config.image_unfreeze_from)
+        pixels = decoded_bytes([image_dir / name for name in table["image"].unique()], model.image_encoder.size)
+    for name, about in (
+        ("", describe_splits(table)),
+        ("encoders", f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}"),
+        ("parameters", describe_parameters(model, config)),
+        ("steps", describe_steps(config, num_images(table, "train"))),
+        ("device", f"{device}, {str(dtype).removeprefix('torch.')}"),
+        ("disk", describe_disk(config, model, table, pixels, dtype)),
+        ("memory", describe_memory(config, model, table, device, dtype)),
+    ):
+        print(f"{name:12}{about}")
+    print("a dry run: nothing was written")
+
+
+def num_images(table, split):
+    return table["image"][table["split"] == split].nunique()
+
+
+def describe_splits(table):
+    parts = [(name, num_images(table, name), (table["split"] == name).sum()) for name in ("train", "val", "test")]
+    return ", ".join(f"{images:,} {name} images ({captions:,} captions)" for name, images, captions in parts if images)
+
+
+def trained_parameters(model, config):
+    """How many numbers are trained."""
+    for part, encoder in (("image", model.image_encoder), ("text", model.text_encoder)):
+        if config.freezes(part):
+            encoder.requires_grad_(False)
+    return sum(weight.numel() for group in parameter_groups(model, config) for weight in group["params"])
+
+
+def describe_parameters(model, config):
+    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
+    return f"{total / 1e6:.1f} million, of which {trained / 1e6:.1f} million are trained"
+
+
+def describe_steps(config, num_train):
+    """The steps of a run with so many training images; of its heads first, where they are trained first."""
+    stages = [("", config)]
+    if trains_heads_first(config):
+        stages = [("heads first: ", heads_config(config, num_train)), ("then ", config)]
+    texts = []
+    for name, stage in stages:
+        steps = num_train // (stage.batch_size - generated_per_batch(stage))
+        texts.append(f"{name}{stage.epochs} epochs of {steps} steps of {stage.batch_size} images")
+    return "; ".join(texts)
+
+
+def describe_disk(config, model, table, pixels, dtype):
+    """The space for decoded pictures, cached outputs of frozen encoders, and the run folder while it trains."""
+    train, val = num_images(table, "train"), num_images(table, "val")
+    captions = table["split"].isin(["train", "val"]).sum()
+    heads = trains_heads_first(config)
+    outputs = activation_bytes(config, model.image_encoder, table, dtype)
+    if config.freezes("image") or heads:
+        crops = config.cached_crops if config.freezes("image") else 1
+        outputs += 4 * model.image_encoder.width * (crops * train + val)
+    if config.freezes("text") or heads:
+        outputs += 4 * model.text_encoder.width * captions
+    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
+    checkpoint = 4 * trained * (4 if config.ema_decay else 3)  # the weights, AdamW's two averages, the weights' average
+    run = 4 * total * (2 if heads else 1) + 2 * checkpoint
+    free = shutil.disk_usage(next(path for path in Path(config.cache_dir).absolute().parents if path.exists())).free
+    cached = f"{pixels / GB:.2f} GB of decoded pictures" + (f" and {outputs / GB:.2f} GB of features" if outputs else "")
+    return (
+        f"{cached} in {config.cache_dir}, unless they are there; {run / GB:.2f} GB in {config.run_dir}; {free / GB:.0f} GB free"
+    )
+
+
+def describe_memory(config, model, table, device, dtype):
+    """The memory for the weights and what AdamW keeps of them, and for a step, from two small steps that are counted."""
+    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
+    weights = 4 * (total + trained * (4 if config.ema_decay else 3))  # gradient, AdamW's two averages, the weights' average
+    captions = list(table["caption"][table["split"] == "train"][:32])
+    ids = max(token_ids(model.tokenizer, captions), key=len)
+    model.to(device)
+    few, more = (step_bytes(config, model, ids, count, device, dtype) for count in (2, 4))
+    size = config.micro_batch_size or config.batch_size
+    step = max(few + (more - few) / 2 * (size - 2), encode_bytes(model, device, dtype))
+    where = "of the GPU" if device.type == "cuda" else f"beside {PYTHON} GB of Python and torch"
+    without = ", without the generator" if config.gan == "joint" else ""
+    parts = f"{weights / GB:.1f} for the weights, {step / GB:.1f} for a step"
+    return f"about {(weights + step) / GB:.1f} GB {where}{without}: {parts}"
+
+
+def step_bytes(config, model, ids, count, device, dtype):
+    """The bytes that the forward pass of a step keeps for the backward pass, with `count` images and captions of token ids."""
+    encoder, captions = model.image_encoder, count * config.captions_per_image
+    text, mask = pad([ids] * captions, model.tokenizer.padding["pad_id"])
+    if config.freezes("image"):
+        batch = {"image_features": torch.zeros(count, encoder.width)}
+    elif encoder.stage:
+        batch = {"image_activations": torch.zeros(count, *encoder.activation_shape)}
+    else:
+        batch = {"image": torch.zeros(count, 3, encoder.size, encoder.size, dtype=torch.uint8)}
+    if config.freezes("text"):
+        batch |= {"text_features": torch.zeros(captions, model.text_encoder.width)}
+    else:
+        batch |= {"text": text, "attention_mask": mask}
+    kept, own = {}, {weight.untyped_storage().data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model.train()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
+        I_f, T_f = model.features({name: value.to(device) for name, value in batch.items()})
+        loss = loss_over_captions(model.logits(I_f, T_f).float())
+        del I_f, T_f, loss
+    return sum(kept.values())
+
+
+@torch.no_grad()
+def encode_bytes(model, device, dtype):
+    """The bytes of the largest input and output of a layer, where a batch of pictures is embedded."""
+    encoder, largest = model.image_encoder, 0
+
+    def count(module, inputs, output):
+        nonlocal largest
+        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, torch.Tensor)]
+        largest = max(largest, sum(tensor.nbytes for tensor in tensors))
+
+    hooks = [module.register_forward_hook(count) for module in encoder.modules()]
+    with autocast(device, dtype):
+        encoder.eval()(torch.zeros(1, 3, encoder.size, encoder.size, dtype=torch.uint8, device=device))
+    for hook in hooks:
+        hook.remove()
+    return largest * IMAGE_BATCH
