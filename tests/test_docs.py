@@ -154,7 +154,7 @@ def faults_of_command(script, words):
 
 def test_a_command_that_does_not_exist_is_found():
     text = "```bash\npython gone.py --x && python main.py lost --batch-size 8 --lr=1 \\\n  --no-hflip # --y\n"
-    text += "torchrun --nproc-per-node 2 main.py best --z 1\npython main.py --dry-run\n```\n```\npython other.py\n```\n"
+    text += "torchrun --nproc-per-node 2 main.py best --z 1\npython main.py --wet-run\n```\n```\npython other.py\n```\n"
     shown = list(python_commands(text))
     assert [script for script, _ in shown] == ["gone.py", "main.py", "main.py", "main.py"]
     assert [fault for command in shown for fault in faults_of_command(*command)] == [
@@ -162,7 +162,7 @@ def test_a_command_that_does_not_exist_is_found():
         "lost: no such preset",
         "--lr: no such flag",
         "--z: no such flag",
-        "--dry-run: no such flag",
+        "--wet-run: no such flag",
     ]
 
 
