@@ -119,7 +119,7 @@ def draw_peers(path):
     for name, curve in curves.items():
         seconds, rsums = zip(*curve)
         style = "--" if any(word in name for word in ("locked", "frozen", "`fast`")) else "-"
-        label = name.replace("`", "")
+        label = name.replace("`", "").replace("image encoder ", "")  # fits beside the curves
         axes.plot(
             [s / 60 for s in seconds], rsums, style, color=colors[name[:4]], marker="." if len(curve) < 20 else "", label=label
         )
@@ -128,7 +128,7 @@ def draw_peers(path):
         0.05, 347, "best published with one embedding per image (test images, other encoders): 343.5", fontsize=9, color=DARK
     )
     axes.set(xlabel="minutes since the start of the program", ylabel="rsum, development images", ylim=(0, 400), xlim=(0, None))
-    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="center right", bbox_to_anchor=(1.05, 0.62), ncols=2, columnspacing=1)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
