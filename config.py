@@ -93,7 +93,7 @@ class Config:
     compile: bool = False  # torch.compile the encoders: a slow start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
-    dry_run: bool = False  # only print the data, encoders, steps, disk space and memory of the run; write nothing
+    dry_run: bool = False  # only print what the run would do and take; write nothing
     resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings and new rates if given; auto: if it can
     save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
     deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
@@ -263,7 +263,7 @@ PRESET_NOTES = {  # what is trained, on what, minutes on two CPU cores (-: not m
 }
 USAGE = "python main.py [PRESET] [--flags]"
 DAILY_FLAGS = (  # those that --help shows
-    *("data_dir", "image_encoder", "size", "text_encoder", "freeze", "epochs", "batch_size", "micro_batch_size"),
+    *("data_dir", "image_encoder", "size", "text_encoder", "freeze", "epochs", "batch_size"),
     *("head_lr", "seed", "device", "run_dir", "dry_run", "resume"),
 )
 
