@@ -94,12 +94,21 @@ def load_splits(config, table, image_dir, model, bytes_to_come):
         texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
         splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts)
     splits["train"].sources = images_sharing_caption(splits["train"], generated)
-    count = splits["train"].num_real
-    if count < config.batch_size - (generated_per_batch(config) if generated else 0):
-        raise UserError(f"--batch-size {config.batch_size}: there are only {count} training images in {image_dir}; lower it")
+    require_batch(config, splits["train"].num_real, image_dir)
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
     return splits, list(bad.values())
+
+
+def real_per_batch(config):
+    """How many images of a batch are drawn from real ones. With --gan joint some of them are then replaced."""
+    return config.batch_size - (generated_per_batch(config) if config.extra_data else 0)
+
+
+def require_batch(config, num_real, image_dir):
+    """Raises UserError where there are fewer real training images than a batch needs."""
+    if num_real < real_per_batch(config):
+        raise UserError(f"--batch-size {config.batch_size}: there are only {num_real} training images in {image_dir}; lower it")
 
 
 def images_sharing_caption(split, generated):

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from clip import create_model, loss_over_captions
-from config import SHAPES, generated_per_batch, heads_config, trains_heads_first
+from config import SHAPES, heads_config, trains_heads_first
 from dataset import pad
 from Datasets import shapes
 from embedding import IMAGE_BATCH, token_ids
 from encoders.stages import unfreeze_from
-from training.data import fetch_data, read_table
+from training.data import fetch_data, read_table, real_per_batch, require_batch
 from training.feature_cache import activation_bytes
 from training.optimization import parameter_groups
 from utils.device import autocast, pick_device, pick_dtype
@@ -42,6 +42,7 @@ def print_plan(config, flickr8k_dir):
                 raise UserError("--dry-run --download: a dry run downloads nothing; leave --dry-run out to get Flickr8k")
             table, image_dir, _ = read_table(fetch_data(config, flickr8k_dir))
             print(f"{'data':12}{image_dir}")
+        require_batch(config, num_images(table, "train"), image_dir)
         model = create_model(config, table["caption"][table["split"] == "train"])
         if config.image_unfreeze_from:
             unfreeze_from(model.image_encoder, config.image_unfreeze_from)
@@ -88,7 +89,7 @@ def describe_steps(config, num_train):
         stages = [("heads first: ", heads_config(config, num_train)), ("then ", config)]
     texts = []
     for name, stage in stages:
-        steps = num_train // (stage.batch_size - generated_per_batch(stage))
+        steps = num_train // real_per_batch(stage)
         texts.append(f"{name}{stage.epochs} epochs of {steps} steps of {stage.batch_size} images")
     return "; ".join(texts)
 

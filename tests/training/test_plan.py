@@ -4,6 +4,7 @@ import re
 from functools import partial
 
 import pandas as pd
+import pytest
 
 import main
 from clip import create_model
@@ -12,6 +13,7 @@ from Datasets import shapes
 from training.plan import describe_steps, print_plan, trained_parameters
 from training.state import create_state
 from utils.cache import bytes_in
+from utils.errors import UserError
 
 
 def plan(capsys, config):
@@ -20,8 +22,8 @@ def plan(capsys, config):
 
 
 def config_of(sample, folder, *flags):
-    flags = ["shapes", "--data-dir", sample, "--run-dir", folder / "run", "--cache-dir", folder / "cache", *flags]
-    return parse_config([*map(str, flags), "--batch-size", "32", "--device", "cpu"], "shapes")[0]
+    flags = ["--batch-size", "32", "--device", "cpu", "--cache-dir", folder / "cache", *flags]
+    return parse_config(["shapes", "--data-dir", str(sample), "--run-dir", str(folder / "run"), *map(str, flags)], "shapes")[0]
 
 
 def test_a_dry_run_writes_nothing_and_says_what_the_run_does(sample, tmp_path, capsys):
@@ -55,6 +57,11 @@ def test_the_parameters_that_train_are_those_of_the_optimizer(sample, tmp_path):
         assert count == sum(weight.numel() for group in groups for weight in group["params"])
         heads = 256 * (model.image_encoder.width + model.text_encoder.width) + 1
         assert count == heads if "both" in flags else count > heads
+
+
+def test_a_batch_that_the_data_cannot_fill_is_refused_as_in_a_run(sample, tmp_path):
+    with pytest.raises(UserError, match="--batch-size 97: there are only 96 training images"):
+        print_plan(config_of(sample, tmp_path, "--batch-size", 97), None)
 
 
 def test_heads_first_is_planned_as_a_stage_of_its_own():
