@@ -100,35 +100,29 @@ def search(
         device: auto, cpu, cuda, cuda:1, mps
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32
     """
-    if n < 1:
-        raise UserError(f"--n {n}: must be 1 or more")
     if export:
         return write_onnx(run or newest_run())
-    refuse_unclear(query, minus, weights, query_file, image, classify, explain)
+    refuse_unclear(query, minus, weights, query_file, image, classify, explain, n)
     run = run or newest_run()
     model, device, dtype = open_model(run, device, precision)
     if classify:
         return write_answer(json_path, answer_classes(model, image, classify, device, dtype))
     # What is asked is embedded before the gallery, as new pictures can take long and a mistake is then seen at once.
-    lines = read_queries(query_file) if query_file else []
-    query = Query(query, minus, weights) if query else None
-    embedding = query.embed(model) if query else embed_file(model, image, device, dtype) if image else embed_texts(model, lines)
-    files = files_to_search(run, images)
-    gallery = open_gallery(model, files, images or None, cache_dir, device, dtype, num_workers, exact)
-    print(f"{len(gallery.paths):,} pictures, {run}")
     if query:
-        heat = partial(heat_map, model, embedding, device, dtype) if explain else None
-        answer = answer_text(model, gallery, query, n, output, heat)
+        answer = ask_text(model, Query(query, minus, weights), explain, n, output, device, dtype)
     elif image:
-        captions = embed_captions(model, run, cache_dir, device, dtype)
-        answer = answer_picture(gallery, captions, image, embedding, n, output)
+        answer = ask_picture(model, run, image, n, output, cache_dir, device, dtype)
     else:
-        answer = answer_lines(gallery, lines, embedding, n)
-    return write_answer(json_path, answer)
+        answer = ask_lines(model, query_file, n)
+    gallery = open_gallery(model, files_to_search(run, images), images or None, cache_dir, device, dtype, num_workers, exact)
+    print(f"{len(gallery.paths):,} pictures, {run}")
+    write_answer(json_path, answer(gallery))
 
 
-def refuse_unclear(query, minus, weights, query_file, image, classify, explain):
+def refuse_unclear(query, minus, weights, query_file, image, classify, explain, n):
     """Raises UserError unless there is one thing to look for, and flags that go with it. Parameters: those of `search`."""
+    if n < 1:
+        raise UserError(f"--n {n}: must be 1 or more")
     if bool(query) + bool(query_file) + bool(image) != 1:
         raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
     if len(query) > 1 and not weights and not any(" " in text.strip() for text in query):
@@ -140,6 +134,31 @@ def refuse_unclear(query, minus, weights, query_file, image, classify, explain):
         raise UserError("--minus, --weights and --explain: go with a text to look for")
     if classify and not image:
         raise UserError("--classify: needs the picture, --image FILE")
+
+
+def ask_text(model, query, explain, n, output, device, dtype):
+    """Embeds a `Query`. Returns the function of a gallery that answers it."""
+    embedding = query.embed(model)
+    read_picture = partial(heat_map, model, embedding, device, dtype) if explain else None
+    return lambda gallery: answer_text(model, gallery, query, n, output, read_picture)
+
+
+def ask_picture(model, run, image, n, output, cache_dir, device, dtype):
+    """Embeds a picture. Returns the function of a gallery that finds pictures like it, and captions for it."""
+    embedding = embed_file(model, image, device, dtype)
+
+    def answer(gallery):
+        captions = embed_captions(model, run, cache_dir, device, dtype)
+        return answer_picture(gallery, captions, image, embedding, n, output)
+
+    return answer
+
+
+def ask_lines(model, query_file, n):
+    """Embeds each line of a file. Returns the function of a gallery that answers all of them."""
+    lines = read_queries(query_file)
+    embeddings = embed_texts(model, lines)
+    return lambda gallery: answer_lines(gallery, lines, embeddings, n)
 
 
 def answer_text(model, gallery, query, n, output, read_picture):

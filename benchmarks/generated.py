@@ -198,13 +198,7 @@ def measure(images: tuple[int, ...] = (200, 500, 6000), seeds: tuple[int, ...] =
     columns = ["training images", "captions", "one object: generated", "real", "two objects: generated", "real"]
     report("Objects named in captions that a classifier detects, percent", columns, detection_rows, "")
     columns = ["training images", "steps", "trained on", "test T2I R@1", "test I2T R@1", "test rsum"]
-    report(
-        f"Recall with and without generated pairs, seeds {', '.join(map(str, seeds))}",
-        columns,
-        recall_rows,
-        json,
-        ", ".join(map(str, seeds)),
-    )
+    report("Recall with and without generated pairs", columns, recall_rows, json, seeds)
 
 
 if __name__ == "__main__":

@@ -18,10 +18,12 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import Annotated
 
 import peer_open_clip
 import peer_plain
 import peer_sentence_transformers
+import tyro
 from measure import ROOT, report, timed_lines
 
 from captions import image_positions, load_captions
@@ -115,7 +117,13 @@ class Contest:
         return [(path.stat().st_mtime - started, self.score(*pair)["rsum"]) for path, pair in zip(chosen, embeddings)]
 
 
-def measure(data_dir: Path, weights_dir: Path, output: Path = Path("runs/peers"), minutes: float = 6, json_file: str = ""):
+def measure(
+    data_dir: Path,
+    weights_dir: Path,
+    output: Path = Path("runs/peers"),
+    minutes: float = 6,
+    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
+):
     """Trains each contender for so many minutes, and scores what it has kept. A contender whose curve is in output is not
     trained again.
 
@@ -124,7 +132,7 @@ def measure(data_dir: Path, weights_dir: Path, output: Path = Path("runs/peers")
         weights_dir: folder of tf_efficientnet_lite0.safetensors and distilbert-minilm-l6
         output: folder for the runs
         minutes: for each contender
-        json_file: file for the results
+        json_path: file for the results
     """
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -146,7 +154,7 @@ def measure(data_dir: Path, weights_dir: Path, output: Path = Path("runs/peers")
         for name, curve in curves.items()
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("open_clip_torch", "sentence-transformers", "transformers"))
-    report(f"Recall after the same minutes; {versions}", columns, rows, json_file, "0", curves)
+    report(f"Recall after the same minutes; {versions}", columns, rows, json_path, (0,), curves)
 
 
 def best_within(curve, limit):

@@ -62,13 +62,7 @@ def measure(systems: tuple[str, ...] = tuple(SYSTEMS), seeds: tuple[int, ...] = 
                 print(f"seed {seed}, {system}: " + ", ".join(f"{name} {value:.1f}" for name, value in row.items()), flush=True)
     columns = list(next(iter(results.values()))[0])
     rows = [[system, *(spread([row[column] for row in runs]) for column in columns)] for system, runs in results.items()]
-    report(
-        f"Systems on the drawn sample, seeds {', '.join(map(str, seeds))}",
-        ["system", *columns],
-        rows,
-        json,
-        ", ".join(map(str, seeds)),
-    )
+    report("Systems on the drawn sample", ["system", *columns], rows, json, seeds)
 
 
 if __name__ == "__main__":

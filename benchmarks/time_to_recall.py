@@ -68,9 +68,7 @@ def measure(data_dir: str, weights_dir: str, seeds: tuple[int, ...] = (0, 1, 2),
         for name in recipes
     ]
     columns = ["recipe", *(f"s to {goal}" for goal in GOALS), "s to the end", "best rsum"]
-    report(
-        f"From JPEGs to validation rsum, seeds {', '.join(map(str, seeds))}", columns, rows, json, ", ".join(map(str, seeds))
-    )
+    report("From JPEGs to validation rsum", columns, rows, json, seeds)
 
 
 if __name__ == "__main__":

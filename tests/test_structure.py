@@ -11,18 +11,18 @@ SHARED_SCRIPTS = {"config", "captions", "dataset", "modules", "clip", "embedding
 COMMANDS = {"main", "evaluate", "inference", "GAN", "app"}
 FOLDERS = {"encoders", "training", "evaluation", "search", "generation", "utils"}
 COMMAND_LINES = {"retrieval", "match", "zeroshot", "sts", "leaks", "search", "serve"}  # their parameters are flags
-WORDS = {  # what a course does not use: what to write
-    r"held still|still towers?": "frozen",
+WORDS = {  # what a course does not use: what to write; [ ] keeps this list from matching itself
+    r"held[ ]still": "frozen",
     r"\btowers?\b": "encoder",
-    r"learn(t|ed) by heart": "overfit",
-    r"middle squares?": "centre crop",
-    r"exchanged captions": "shuffled captions",
-    r"\bof length 1\b": "L2-normalised",
+    r"learn(t|ed)[ ]by[ ]heart": "overfit",
+    r"middle[ ]squares?": "centre crop",
+    r"exchanged[ ]captions": "shuffled captions",
+    r"\bof[ ]length[ ]1\b": "L2-normalised",
     r"\banew\b": "again",
     r"\bmend(s|ed)?\b": "fix",
-    r"\bto be had\b": "available",
+    r"\bto[ ]be[ ]had\b": "available",
     r"\bundo(es)?\b": "the inverse of",
-    r"the road\b": "the steps",
+    r"the[ ]road\b": "the steps",
 }
 
 
@@ -86,8 +86,7 @@ def functions():
 
 def test_a_function_fits_on_a_screen():
     lengths = {name: node.end_lineno - node.lineno + 1 for name, node in functions()}
-    limit = {name: 120 if name.rpartition(".")[2] in COMMAND_LINES else 60 for name in lengths}  # flags and their help
-    assert not {name: length for name, length in lengths.items() if length > limit[name]}
+    assert not {name: length for name, length in lengths.items() if length > 60}
 
 
 def test_a_function_has_at_most_eight_parameters():
@@ -108,8 +107,6 @@ def test_every_folder_says_what_is_in_it():
 
 @pytest.mark.parametrize("path", listed("*.py", "*.md", "*.ipynb"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_words_are_those_of_a_course(path):
-    if path.name == "test_structure.py":
-        pytest.skip("lists them")
     lines = path.read_text(encoding="utf-8").splitlines()
     wrong = [
         f"line {number}: {match[0]!r}, rather {plain!r}"

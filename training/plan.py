@@ -1,6 +1,5 @@
 """What a run would do, for `python main.py --dry-run`: its data, encoders, steps, and the disk space and memory it takes."""
 
-import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +15,13 @@ from encoders.stages import unfreeze_from
 from training.data import fetch_data, read_table, real_per_batch, require_batch
 from training.feature_cache import activation_bytes
 from training.optimization import parameter_groups
+from utils.cache import free_space
 from utils.device import autocast, pick_device, pick_dtype
 from utils.errors import UserError
 from utils.images import decoded_bytes
 
 GB = 1e9
-PYTHON = 0.6  # GB that Python and torch take before a model is made
+NUM_CAPTIONS = 32  # the longest of so many stands for the length of all
 
 
 def print_plan(config, flickr8k_dir):
@@ -44,20 +44,30 @@ def print_plan(config, flickr8k_dir):
             print(f"{'data':12}{image_dir}")
         require_batch(config, num_images(table, "train"), image_dir)
         model = create_model(config, table["caption"][table["split"] == "train"])
-        if config.image_unfreeze_from:
-            unfreeze_from(model.image_encoder, config.image_unfreeze_from)
-        pixels = decoded_bytes([image_dir / name for name in table["image"].unique()], model.image_encoder.size)
+        used = table["image"][table["split"].isin(["train", "val"])].unique()
+        pixels = decoded_bytes([image_dir / name for name in used], model.image_encoder.size)
+    freeze(config, model)
+    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
     for name, about in (
         ("", describe_splits(table)),
         ("encoders", f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}"),
-        ("parameters", describe_parameters(model, config)),
+        ("parameters", f"{total / 1e6:.1f} million, of which {trained / 1e6:.1f} million are trained"),
         ("steps", describe_steps(config, num_images(table, "train"))),
         ("device", f"{device}, {str(dtype).removeprefix('torch.')}"),
-        ("disk", describe_disk(config, model, table, pixels, dtype)),
-        ("memory", describe_memory(config, model, table, device, dtype)),
+        ("disk", describe_disk(config, pixels, output_bytes(config, model, table, dtype), total, trained)),
+        ("memory", describe_memory(config, model, table, total, trained, device, dtype)),
     ):
         print(f"{name:12}{about}")
     print("a dry run: nothing was written")
+
+
+def freeze(config, model):
+    """Freezes what the Config names, as the run does before its first step."""
+    if config.image_unfreeze_from:
+        unfreeze_from(model.image_encoder, config.image_unfreeze_from)
+    for part, encoder in (("image", model.image_encoder), ("text", model.text_encoder)):
+        if config.freezes(part):
+            encoder.requires_grad_(False)
 
 
 def num_images(table, split):
@@ -70,16 +80,8 @@ def describe_splits(table):
 
 
 def trained_parameters(model, config):
-    """How many numbers are trained."""
-    for part, encoder in (("image", model.image_encoder), ("text", model.text_encoder)):
-        if config.freezes(part):
-            encoder.requires_grad_(False)
+    """How many numbers the optimizer changes."""
     return sum(weight.numel() for group in parameter_groups(model, config) for weight in group["params"])
-
-
-def describe_parameters(model, config):
-    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
-    return f"{total / 1e6:.1f} million, of which {trained / 1e6:.1f} million are trained"
 
 
 def describe_steps(config, num_train):
@@ -94,38 +96,38 @@ def describe_steps(config, num_train):
     return "; ".join(texts)
 
 
-def describe_disk(config, model, table, pixels, dtype):
-    """The space for decoded pictures, cached outputs of frozen encoders, and the run folder while it trains."""
+def output_bytes(config, model, table, dtype):
+    """The bytes on disk of frozen encoders' cached outputs: activations, and features, also those that heads train on first."""
     train, val = num_images(table, "train"), num_images(table, "val")
-    captions = table["split"].isin(["train", "val"]).sum()
     heads = trains_heads_first(config)
-    outputs = activation_bytes(config, model.image_encoder, table, dtype)
+    size = activation_bytes(config, model.image_encoder, table, dtype)
     if config.freezes("image") or heads:
         crops = config.cached_crops if config.freezes("image") else 1
-        outputs += 4 * model.image_encoder.width * (crops * train + val)
+        size += 4 * model.image_encoder.width * (crops * train + val)
     if config.freezes("text") or heads:
-        outputs += 4 * model.text_encoder.width * captions
-    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
+        size += 4 * model.text_encoder.width * table["split"].isin(["train", "val"]).sum()
+    return size
+
+
+def describe_disk(config, pixels, outputs, total, trained):
+    """The space for `pixels` bytes of decoded pictures, `outputs` of frozen encoders, and the run folder while it trains."""
     checkpoint = 4 * trained * (4 if config.ema_decay else 3)  # the weights, AdamW's two averages, the weights' average
-    run = 4 * total * (2 if heads else 1) + 2 * checkpoint
-    free = shutil.disk_usage(next(path for path in Path(config.cache_dir).absolute().parents if path.exists())).free
+    run = 4 * total * (2 if trains_heads_first(config) else 1) + 2 * checkpoint
     cached = f"{pixels / GB:.2f} GB of decoded pictures" + (f" and {outputs / GB:.2f} GB of features" if outputs else "")
-    return (
-        f"{cached} in {config.cache_dir}, unless they are there; {run / GB:.2f} GB in {config.run_dir}; {free / GB:.0f} GB free"
-    )
+    free = free_space(config.cache_dir) / GB
+    return f"{cached} in {config.cache_dir}, unless they are there; {run / GB:.2f} GB in {config.run_dir}; {free:.0f} GB free"
 
 
-def describe_memory(config, model, table, device, dtype):
+def describe_memory(config, model, table, total, trained, device, dtype):
     """The memory for the weights and what AdamW keeps of them, and for a step, from two small steps that are counted."""
-    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
     weights = 4 * (total + trained * (4 if config.ema_decay else 3))  # gradient, AdamW's two averages, the weights' average
-    captions = list(table["caption"][table["split"] == "train"][:32])
+    captions = list(table["caption"][table["split"] == "train"][:NUM_CAPTIONS])
     ids = max(token_ids(model.tokenizer, captions), key=len)
     model.to(device)
     few, more = (step_bytes(config, model, ids, count, device, dtype) for count in (2, 4))
     size = config.micro_batch_size or config.batch_size
     step = max(few + (more - few) / 2 * (size - 2), encode_bytes(model, device, dtype))
-    where = "of the GPU" if device.type == "cuda" else f"beside {PYTHON} GB of Python and torch"
+    where = "of the GPU" if device.type == "cuda" else "beside Python and torch"
     without = ", without the generator" if config.gan == "joint" else ""
     parts = f"{weights / GB:.1f} for the weights, {step / GB:.1f} for a step"
     return f"about {(weights + step) / GB:.1f} GB {where}{without}: {parts}"
@@ -156,8 +158,7 @@ def step_bytes(config, model, ids, count, device, dtype):
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
         I_f, T_f = model.features({name: value.to(device) for name, value in batch.items()})
-        loss = loss_over_captions(model.logits(I_f, T_f).float())
-        del I_f, T_f, loss
+        loss_over_captions(model.logits(I_f, T_f).float())
     return sum(kept.values())
 
 

@@ -13,6 +13,7 @@ from training import distributed
 from training.checkpoint import PREVIOUS
 from training.data import split_features
 from training.model_card import write_card
+from utils.images import center_crop
 from utils.plots import draw_curves, draw_generated, draw_matches, draw_similarity
 
 NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.png
@@ -79,12 +80,11 @@ def print_epoch(row, epochs, best):
 
 
 def draw_generated_pictures(state, split, device, dtype):
-    """Draws generated.png: generated pictures for some captions of a split, below the real ones."""
-    model, chosen = (
-        state.scored_model,
-        range(0, len(split.captions), max(1, len(split.captions) // NUM_GENERATED))[:NUM_GENERATED],
-    )
-    captions, real = [split.captions[i] for i in chosen], [split.pictures[split.image_of_text[i]] for i in chosen]
+    """Draws generated.png: generated pictures for some captions of a split, below the centre crops of the real ones."""
+    model, every = state.scored_model, max(1, len(split.captions) // NUM_GENERATED)
+    chosen = range(0, len(split.captions), every)[:NUM_GENERATED]
+    captions = [split.captions[i] for i in chosen]
+    real = [center_crop(split.pictures[split.image_of_text[i]], model.image_encoder.size) for i in chosen]
     T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
     pictures = state.joint.pictures(project_and_normalize(model.text_projection, T_f, device))
     path = Path(state.config.run_dir) / "generated.png"

@@ -19,11 +19,15 @@ from utils.errors import UserError, run_command
 from utils.files import atomic_write, remove_leftovers
 
 
+def free_space(folder):
+    """The free bytes on the disk of a folder, which need not exist yet."""
+    folder = Path(folder)
+    return shutil.disk_usage(next(path for path in [folder, *folder.absolute().parents] if path.exists())).free
+
+
 def require_space(folder, size, remedy):
     """Raises UserError where the disk of `folder` has fewer than `size` bytes free. remedy: what else the user can do."""
-    folder = Path(folder)
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_space(folder)
     if free < size:
         raise UserError(
             f"{folder}: {size / 1e9:.1f} GB are needed there, but only {free / 1e9:.1f} GB are free; free space, name a "

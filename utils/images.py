@@ -149,7 +149,9 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_t
             raise ValueError(f"{folder}: for other images")
     except (OSError, ValueError, EOFError):
         shutil.rmtree(folder, ignore_errors=True)
-        require_space(cache_dir, len(paths) * size * size * 3 + bytes_to_come, "lower --size")
+        num_bytes = decoded_bytes(paths, size)
+        require_space(cache_dir, num_bytes + bytes_to_come, "lower --size")
+        print(f"decoding {len(paths):,} pictures into {cache_dir} (about {num_bytes / 1e9:.2f} GB)")
         write_decoded(folder, paths, size, num_workers, skip_bad)
         images = DecodedImages(folder)
     bad = {int(i): f"{paths[i]}: empty, truncated or not a picture" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
@@ -157,7 +159,7 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_t
 
 
 def decoded_bytes(paths, size):
-    """About how many bytes the decoded pictures of so many paths take, from at most NUM_MEASURED of them."""
+    """About how many bytes pictures take when they are decoded, from at most NUM_MEASURED of them, evenly spaced."""
     some = read_images(paths[:: -(-len(paths) // NUM_MEASURED)], size)
     sizes = [image.nbytes for image, _ in some if image is not None]
     return len(paths) * sum(sizes) / max(1, len(sizes))
@@ -166,7 +168,6 @@ def decoded_bytes(paths, size):
 def write_decoded(folder, paths, size, num_workers, skip_bad):
     """Writes the folder of a DecodedImages; on failure it leaves nothing behind."""
     temporary = temporary_path(folder)
-    print(f"decoding {len(paths):,} pictures into {folder.parent} (about {decoded_bytes(paths, size) / 1e9:.2f} GB)")
     shapes, bad = [], []
     try:
         temporary.mkdir(parents=True, exist_ok=True)

@@ -5,15 +5,18 @@ from functools import partial
 
 import pandas as pd
 import pytest
+import torch
 
 import main
+import training.plan
 from clip import create_model
 from config import parse_config
 from Datasets import shapes
-from training.plan import describe_steps, print_plan, trained_parameters
+from training.data import read_table
+from training.plan import describe_disk, describe_steps, freeze, output_bytes, print_plan, step_bytes, trained_parameters
 from training.state import create_state
-from utils.cache import bytes_in
 from utils.errors import UserError
+from utils.images import decoded_bytes
 
 
 def plan(capsys, config):
@@ -26,15 +29,17 @@ def config_of(sample, folder, *flags):
     return parse_config(["shapes", "--data-dir", str(sample), "--run-dir", str(folder / "run"), *map(str, flags)], "shapes")[0]
 
 
-def test_a_dry_run_writes_nothing_and_says_what_the_run_does(sample, tmp_path, capsys):
-    config = config_of(sample, tmp_path, "--epochs", 2)
-    said = plan(capsys, config)
+def test_a_dry_run_writes_nothing_and_says_what_the_run_does(sample, tmp_path, monkeypatch, capsys):
+    config, measured = config_of(sample, tmp_path, "--epochs", 2), []
+    with monkeypatch.context() as patched:
+        patched.setattr(training.plan, "decoded_bytes", lambda *given: measured.append(decoded_bytes(*given)) or measured[-1])
+        said = plan(capsys, config)
     assert not list(tmp_path.iterdir())
     assert said["steps"] == "2 epochs of 3 steps of 32 images"  # 96 training images
     main.train(config)
     assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 2
-    decoded = next((tmp_path / "cache").glob("images-*"))
-    assert abs(float(re.match(r"([\d.]+) GB of decoded", said["disk"])[1]) - bytes_in(decoded) / 1e9) < 0.005
+    pixels = next((tmp_path / "cache").glob("images-*/pixels.bin")).stat().st_size
+    assert measured == [pixels]
     millions = re.match(r"([\d.]+) million, of which ([\d.]+)", said["parameters"])
     assert millions[1] == millions[2] == f"{(tmp_path / 'run' / 'model.safetensors').stat().st_size / 4e6:.1f}"
 
@@ -52,6 +57,7 @@ def test_the_parameters_that_train_are_those_of_the_optimizer(sample, tmp_path):
     for flags in ([], ["--freeze", "image"], ["--freeze", "both", "--head-lr", "1e-3"]):
         config = config_of(sample, tmp_path, *flags)
         model = create_model(config, captions)
+        freeze(config, model)
         count = trained_parameters(model, config)
         groups = create_state(config, model, {}, model.logit_scale.device, model.logit_scale.dtype).optimizer.param_groups
         assert count == sum(weight.numel() for group in groups for weight in group["params"])
@@ -69,3 +75,39 @@ def test_heads_first_is_planned_as_a_stage_of_its_own():
     assert describe_steps(best, 6000) == (
         "heads first: 60 epochs of 6 steps of 1000 images; then 12 epochs of 23 steps of 256 images"
     )
+
+
+def test_disk_space_by_hand():
+    config = parse_config(["shapes", "--ema-decay", "0.9", "--cache-dir", "."], "shapes")[0]
+    # 1e8 weights of 4 bytes; two checkpoints with 5e7 that train, AdamW's two averages and the moving average: 16 bytes each
+    cached, run, _ = describe_disk(config, pixels=2e9, outputs=3e9, total=1e8, trained=5e7).split("; ")
+    assert cached == "2.00 GB of decoded pictures and 3.00 GB of features in ., unless they are there"
+    assert run == "2.00 GB in runs/shapes"
+    assert "features" not in describe_disk(config, 2e9, 0, 1e8, 5e7)
+
+
+def test_cached_outputs_are_as_large_as_said(sample, tmp_path):
+    """Features of both encoders, of two crops per training image."""
+    config = config_of(sample, tmp_path, "--freeze", "both", "--cached-crops", 2, "--epochs", 1)
+    table, image_dir, _ = read_table(config)
+    model = create_model(config, table["caption"])
+    expected = output_bytes(config, model, table, torch.float32)
+    assert expected == 4 * model.image_encoder.width * (2 * 96 + 24) + 4 * model.text_encoder.width * 5 * (96 + 24)
+    main.train(config)
+    header = 128  # bytes at the start of a .npy file
+    assert sum(path.stat().st_size - header for path in (tmp_path / "cache").glob("*features-*.npy")) == expected
+
+
+def test_the_memory_of_a_step_grows_with_its_batch_and_not_with_frozen_encoders(sample, tmp_path):
+    captions = pd.read_csv(sample / "captions.txt")["caption"]
+
+    def of(count, *flags):
+        config = config_of(sample, tmp_path, *flags)
+        model = create_model(config, captions)
+        freeze(config, model)
+        return step_bytes(config, model, [5, 6, 7], count, torch.device("cpu"), torch.float32)
+
+    two, four, six = (of(count) for count in (2, 4, 6))
+    assert six - four == pytest.approx(four - two, rel=0.05) and two < four
+    assert of(4, "--freeze", "text") < four
+    assert of(4, "--freeze", "both", "--head-lr", 1e-3) < of(4, "--freeze", "image") < four

@@ -1,6 +1,7 @@
 """The plots of utils/plots.py: what they name, and histories of older runs."""
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 
 from utils import plots
@@ -43,3 +44,12 @@ def test_curves_name_the_first_of_the_best_epochs(drawn):
 @pytest.mark.parametrize("caption", ["a dog runs .", " a dog runs . ", "a dog runs"])
 def test_a_drawn_caption_has_no_full_stop_of_its_own(caption):
     assert plots.tidy(caption) == "a dog runs"
+
+
+def test_a_generated_picture_stands_below_the_real_one_of_its_caption(drawn):
+    real, generated = ([np.full((2, 2, 3), start + i, dtype=np.uint8) for i in range(5)] for start in (10, 20))
+    plots.draw_generated("epoch 1", [f"caption {i} ." for i in range(5)], real, generated, "generated.png")
+    shown = [(axes.get_title(), int(axes.images[0].get_array()[0, 0, 0])) for axes in drawn[0].axes if axes.images]
+    captions = [f"caption {i}" for i in range(5)]
+    expected = [*zip(captions[:4], range(10, 14)), *(("", i) for i in range(20, 24)), (captions[4], 14), ("", 24)]
+    assert shown == expected
