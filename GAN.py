@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import Subset
 from tqdm import tqdm
 
-from captions import image_positions, load_captions
+from captions import image_positions
 from config import check_run_dir, load_run
 from dataset import CLIPDataset, PairSampler
 from Datasets import flickr8k
@@ -51,7 +51,7 @@ from training.checkpoint import (
     write_checkpoint,
     write_history,
 )
-from training.data import batch_loader
+from training.data import batch_loader, read_table
 from utils.cache import cache_line, model_key, note_use
 from utils.cli import HELP, command_help, dataclass_flags
 from utils.device import autocast
@@ -152,7 +152,7 @@ def load_gan(run_dir):
 class CaptionSource:
     """The data set of a run of main.py, and the run's frozen text encoder."""
 
-    table: pd.DataFrame  # as `load_captions` returns it
+    table: pd.DataFrame  # as `captions.load_captions` returns it
     image_dir: Path
     skip_bad: bool  # whether the run skips pictures that cannot be decoded
     embed: Callable  # m captions -> (m, d_e) L2-normalised embeddings
@@ -174,7 +174,8 @@ def read_captions_and_encoder(config, preset):
     other_data = config.data_dir or config.captions_path
     paths = config if other_data else run_config
     data_dir = config.data_dir or ("" if other_data else run_config.data_dir or flickr8k.find() or "")
-    table, image_dir, _ = load_captions(data_dir, paths.image_path, paths.captions_path, run_config.skip_bad)
+    places = {"data_dir": data_dir, "image_path": paths.image_path, "captions_path": paths.captions_path}
+    table, image_dir, _ = read_table(replace(run_config, **places, **({"train_images": 0} if other_data else {})))
     model, device, dtype = open_model(config.run, config.device, config.precision)
     dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 would need a scaler for each of the two networks
     key = model_key(torch.nn.ModuleList([model.text_encoder, model.text_projection]))

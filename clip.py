@@ -59,6 +59,7 @@ class CLIPModel(nn.Module, ModelHubMixin):
         self.image_projection = ProjectionHead(image_encoder.width, projection_dim, layers, dropout, image_dropout, bias)
         self.text_projection = ProjectionHead(text_encoder.width, projection_dim, layers, dropout, text_dropout)
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_bias = None  # of the sigmoid loss
         self.tokenizer = tokenizer
         self.run_dir = None  # the folder that `load` read it from
 
@@ -122,11 +123,13 @@ class CLIPModel(nn.Module, ModelHubMixin):
 
     def logits(self, I_f, T_f):
         """Features of n images and m captions, (n, d_i) and (m, d_t) -> (n, m) scaled cosines."""
+        # BEGIN SOLUTION
         # fmt: off
         I_e = F.normalize(self.image_projection(I_f), dim=1)    # I_e = l2_normalize(np.dot(I_f, W_i), axis=1)  # [n, d_e]
         T_e = F.normalize(self.text_projection(T_f), dim=1)     # T_e = l2_normalize(np.dot(T_f, W_t), axis=1)  # [n, d_e]
         return self.logit_scale.exp() * I_e @ T_e.T             # logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
         # fmt: on
+        # END SOLUTION
 
     def features(self, batch):
         """The features of a training batch of `dataset.collate`, (n, d_i) and (k n, d_t), some of which may be cached."""
@@ -147,6 +150,7 @@ class CLIPModel(nn.Module, ModelHubMixin):
 
 def contrastive_loss(logits):
     """The symmetric cross-entropy of (n, n) logits whose diagonal holds the true pairs; ln(n) is chance."""
+    # BEGIN SOLUTION
     # fmt: off
     # the code                                                  # the paper
     labels = torch.arange(len(logits), device=logits.device)    # labels = np.arange(n)
@@ -154,6 +158,7 @@ def contrastive_loss(logits):
     loss_t = F.cross_entropy(logits.T, labels)                  # loss_t = cross_entropy_loss(logits, labels, axis=1)
     return (loss_i + loss_t) / 2                                # loss   = (loss_i + loss_t)/2
     # fmt: on
+    # END SOLUTION
 
 
 def loss_over_captions(logits):
@@ -179,7 +184,8 @@ def create_model(config, captions):
         if config.text_encoder == "clip":
             tokenizer = openai_tokenizer(config.max_length)
         else:
-            tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length)
+            start = "" if config.text_encoder == "gpt2" else "[CLS]"  # GPT-2 reads no start token
+            tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length, start)
         sizes = config.text_width, config.text_layers, config.text_heads, tokenizer.get_vocab_size(), config.max_length
         text_model = transformers.AutoModel.from_config(random_text_config(config.text_encoder, *sizes))
     text_encoder = TextEncoder(text_model, config.pooling, config.text_feature_layers)
@@ -187,6 +193,7 @@ def create_model(config, captions):
     model = build_clip(config, image_encoder, text_encoder, tokenizer)
     if from_openai:
         load_openai(model, config.image_encoder, config.image_weights, full_model=is_openai(config))
+    set_scale_and_bias(model, config)
     return model
 
 
@@ -208,6 +215,16 @@ def build_clip(config, image_encoder, text_encoder, tokenizer):
         image_dropout=config.image_feature_dropout,
         text_dropout=config.text_feature_dropout,
     )
+
+
+def set_scale_and_bias(model, config):
+    """The model's logit_scale and logit_bias as --loss and --temperature want them at the start."""
+    if config.loss == "sigmoid":  # initial values as in section 3.2 of Zhai et al. 2023
+        model.logit_scale.data.fill_(math.log(10))
+        model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    if config.temperature:
+        model.logit_scale.data.fill_(-math.log(config.temperature))
+        model.logit_scale.requires_grad_(False)
 
 
 def describe_encoders(model):
@@ -256,6 +273,7 @@ def load(name, device="auto", jit=False):
         text_model = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
         text_encoder = TextEncoder(text_model, run["encoders"]["pooling"], run["config"].text_feature_layers)
         model = build_clip(run["config"], image_encoder, text_encoder, read_tokenizer(name))
+        set_scale_and_bias(model, run["config"])
         load_weights(model, name)
         model.run_dir = str(name)
     model.eval().to(pick_device(str(device)))

@@ -16,6 +16,8 @@ from utils.cli import HELP, command_help, dataclass_flags, flag_lines, function_
 from utils.errors import UserError
 from utils.files import write_json
 
+Loss = Literal["softmax", "image", "text", "sigmoid", "bce"]
+Targets = Literal["pair", "image", "smooth", "soft"]
 RUN_FORMAT = 3  # of a run folder's config.json; a folder of another format is refused
 
 
@@ -28,6 +30,7 @@ class Config:
     download: bool = False  # download Kaggle's Flickr8k if it is not found (needs a network)
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping; listed in skipped.txt
     cache_dir: str = ".cache"  # folder for decoded pictures and features of frozen encoders
+    train_images: int = 0  # use so many of the training images only, drawn with the seed; 0: all
     num_workers: int = 4  # processes that crop while the encoders compute, and threads that decode pictures
 
     # Encoders
@@ -54,7 +57,7 @@ class Config:
 
     # Heads
     projection_dim: int = 256  # width d_e of the joint embedding space; OpenAI's models have their own
-    num_projection_layers: Literal[1, 2] = 1  # 1: the paper's linear map; 2: Linear, GELU, Linear, dropout, sum, LayerNorm
+    num_projection_layers: Literal[0, 1, 2] = 1  # 0: none; 1: the paper's linear map; 2: with GELU, dropout, LayerNorm
     dropout: float = 0.1  # in the two-layer head
     image_feature_dropout: float = 0.5  # on the image features, before the head
     text_feature_dropout: float = 0.2  # on the text features, before the head
@@ -63,8 +66,13 @@ class Config:
     heads_first: bool = True  # first train only the heads, on frozen pretrained encoders, in RUN_DIR/heads
     epochs: int = 0  # passes over the training images; 0: 60 if both encoders are frozen, else 8
     batch_size: int = 0  # images per step, each with the others as negatives; 0: 1000 if both are frozen, else 128
+    steps: int = 0  # training steps; 0: as many as the epochs have
+    unique_images: bool = True  # an image at most once per batch; no: batches drawn from all pairs of image and caption
     captions_per_image: int = 1  # captions sampled per image per step; the loss is the mean over them
     micro_batch_size: int = 0  # images that pass the encoders at once; fewer: less memory, same gradient; 0: all
+    loss: Loss = "softmax"  # softmax: CLIP's; image, text: one side of it; sigmoid: SigLIP's; bce: mean over n² pairs, no bias
+    targets: Targets = "pair"  # what is right: pair; image: all its captions; smooth: the pair mostly; soft: similar pairs, too
+    temperature: float = 0.0  # fixed, at least 0.01; 0: learned, from 0.07 (sigmoid: 0.1)
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
     head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both encoders are frozen, else 1e-3
@@ -76,6 +84,7 @@ class Config:
     ema_decay: float = 0.0  # per step, of a moving average of the weights, which is then scored and kept; 0: none
     image_drop_path: float = 0.0  # stochastic depth: how often the last layer is skipped, earlier ones less often
     hflip: bool = False  # flip half of the training crops, but not if a caption says left or right
+    flip_left_right: bool = False  # with --hflip: flip beside captions of left and right, too
     crop: float = 0.85  # smallest random training crop, as a share of the image's shorter side; 1: no zoom
 
     # Generated pictures
@@ -107,25 +116,19 @@ RANGES = {  # (what a value must be, whether it is): settings
     ("more than 0", lambda value: value > 0): "max_length projection_dim cached_crops captions_per_image text_feature_layers "
     "head_lr image_encoder_lr text_encoder_lr text_width text_layers text_heads vocab_size patch_size image_width image_layers "
     "image_heads",
-    ("at least 0", lambda value: value >= 0): "epochs batch_size micro_batch_size size num_workers weight_decay patience seed "
-    "save_every gan_weight",
+    ("at least 0", lambda value: value >= 0): "epochs steps train_images batch_size micro_batch_size size num_workers "
+    "weight_decay patience seed save_every gan_weight",
     ("at least 0 and below 1", lambda value: 0 <= value < 1): "dropout image_feature_dropout text_feature_dropout "
     "image_drop_path warmup ema_decay",
     ("above 0 and at most 1", lambda value: 0 < value <= 1): "crop factor",
+    ("0 or at least 0.01", lambda value: value == 0 or value >= 0.01): "temperature",
     ("above 0 and below 1", lambda value: 0 < value < 1): "extra_fraction",
 }
 FIXED_IN_A_RUN = (  # what defines the model and its input, which a resumed run keeps; no paths, as files may have moved
     *("image_encoder", "size", "patch_size", "image_width", "image_layers", "image_heads"),
     *("text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
-    *(
-        "image_feature_stages",
-        "text_feature_layers",
-        "freeze",
-        "image_unfreeze_from",
-        "projection_dim",
-        "num_projection_layers",
-    ),
-    *("gan", "seed"),
+    *("image_feature_stages", "text_feature_layers", "freeze", "image_unfreeze_from", "projection_dim"),
+    *("num_projection_layers", "gan", "seed", "loss", "temperature", "train_images", "steps"),
 )
 OPENAI = {  # OpenAI's name: (timm's name of the image encoder, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
     "RN50": ("resnet50_clip", 1024, 512),
@@ -251,7 +254,7 @@ PRESETS = {
 }
 PRESET_NOTES = {  # what is trained, on what, minutes on two CPU cores (-: not measured)
     "flickr8k": ("ResNet50 and DistilBERT, pretrained", "Flickr8k", "-"),
-    "fast": ("heads on frozen EfficientNet-Lite2 and MiniLM", "Flickr8k", "2.5"),
+    "fast": ("heads on frozen EfficientNet-Lite2 and MiniLM", "Flickr8k", "2 to 2.5"),
     "best": ("fast, then last image stages and the text encoder", "Flickr8k", "45 to 56"),
     "fast-resnet50": ("fast, with the encoders of flickr8k", "Flickr8k", "-"),
     "best-resnet50": ("best, with the encoders of flickr8k", "Flickr8k", "-"),
@@ -356,7 +359,7 @@ def resolve_defaults(config):
 def trains_heads_first(config):
     """Whether heads with random weights are first trained alone: on pretrained encoders that are not both frozen."""
     new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
-    return config.heads_first and new_heads and config.freeze != "both"
+    return config.heads_first and new_heads and config.freeze != "both" and config.num_projection_layers > 0
 
 
 def heads_config(config, num_images):
@@ -364,7 +367,7 @@ def heads_config(config, num_images):
     run_dir = Path(config.run_dir) / "heads"
     config = replace(config, resume=config.resume if (run_dir / "config.json").exists() else "no", run_dir=str(run_dir))
     config = replace(config, freeze="both", image_unfreeze_from="", gan="none", extra_data="", cached_crops=1, hflip=False)
-    config = replace(config, captions_per_image=1, micro_batch_size=0, epochs=0, batch_size=0, head_lr=0)
+    config = replace(config, captions_per_image=1, micro_batch_size=0, epochs=0, steps=0, batch_size=0, head_lr=0)
     config = resolve_defaults(config)
     return replace(config, batch_size=min(config.batch_size, num_images))
 
@@ -421,6 +424,15 @@ def rules(config):
             "--freeze image or both, --image-unfreeze-from and --micro-batch-size"
         ),
     )
+    other = c.loss != "softmax" or c.targets != "pair" or not c.unique_images
+    yield joint and other, "--gan joint: goes with CLIP's own loss and targets and unique images; leave the other flags out"
+    sides = f"--targets {c.targets}: are probabilities, and --loss {c.loss} takes each pair as right or wrong"
+    yield c.loss in ("sigmoid", "bce") and c.targets in ("smooth", "soft"), sides
+    repeated = "--no-unique-images: draws one caption at a time, from real images; leave the other flag out"
+    yield not c.unique_images and (c.captions_per_image > 1 or c.extra_data), repeated
+    yield c.flip_left_right and not c.hflip, "--flip-left-right: flips nothing without --hflip; add it"
+    nothing = "--freeze both, --num-projection-layers 0: nothing but the temperature is left to train; leave one out"
+    yield c.freezes("image") and c.freezes("text") and c.num_projection_layers == 0, nothing
     several = "--captions-per-image: a generated picture has one caption; leave it out with --gan joint"
     yield joint and c.captions_per_image > 1, several
     unfreeze = f"--image-unfreeze-from {c.image_unfreeze_from}: --freeze {c.freeze} trains no image encoder"

@@ -49,7 +49,7 @@ class CLIPDataset(Dataset):
             crops = self.images[image]
             chosen = seed % len(crops)
             picture = crops[chosen - chosen % 2 if no_flip else chosen]
-        return picture, [self.texts[caption] for caption in captions]
+        return picture, [self.texts[caption] for caption in captions], image
 
     def random_crop(self, picture, seed, hflip=False):
         """An image, (h, w, 3) uint8 -> (size, size, 3), augmented with the given seed and flipped if hflip."""
@@ -91,18 +91,27 @@ class PairSampler:
         return (self.steps - self.start) * (1 if len(self.local_parts) == 1 else 2 * len(self.local_parts))
 
     def __iter__(self):
-        rng = np.random.default_rng([self.seed, self.epoch])
+        draws = self.draw(np.random.default_rng([self.seed, self.epoch]))
+        bounds = np.linspace(0, self.batch_size, self.parts + 1).round().astype(int)
+        for start in range(self.start * self.batch_size, self.steps * self.batch_size, self.batch_size):
+            parts = [draws[start + bounds[i] : start + bounds[i + 1]] for i in self.local_parts]
+            yield from parts if len(parts) == 1 else parts + parts
+
+    def draw(self, rng):
+        """An epoch's images in random order, each with its captions and a seed: a list of (image, captions, seed).
+
+        Each image is drawn once, so that no batch has it twice. captions: a list of captions_per_image of captions_of[image],
+        all different where there are enough. seed: an int from 0 to 2**31 - 1, of the image's crop. rng: a NumPy Generator,
+        which draws everything.
+        """
+        # BEGIN SOLUTION
         order = rng.permutation(self.real)
         if self.generated:
             order = self.with_generated(order, rng)
         choices_of, count = [self.captions_of[image] for image in order], self.captions_per_image
         captions = [rng.choice(choices, count, replace=len(choices) < count).tolist() for choices in choices_of]
-        seeds = rng.integers(2**31, size=len(order)).tolist()
-        draws = list(zip(order.tolist(), captions, seeds))
-        bounds = np.linspace(0, self.batch_size, self.parts + 1).round().astype(int)
-        for start in range(self.start * self.batch_size, self.steps * self.batch_size, self.batch_size):
-            parts = [draws[start + bounds[i] : start + bounds[i + 1]] for i in self.local_parts]
-            yield from parts if len(parts) == 1 else parts + parts
+        return list(zip(order.tolist(), captions, rng.integers(2**31, size=len(order)).tolist()))
+        # END SOLUTION
 
     def with_generated(self, order, rng):
         """The order of the real images -> an order in which each batch also has `generated` generated images."""
@@ -126,6 +135,18 @@ class PairSampler:
         return np.concatenate(batches)
 
 
+class RepeatingSampler(PairSampler):
+    """As `PairSampler`, but drawn from all pairs, as most training loops do: an image may be in a batch with several captions.
+
+    Its other captions then count as wrong, unless the targets say otherwise. An epoch has as many pairs as there are images.
+    """
+
+    def draw(self, rng):
+        pairs = [(image, [int(caption)]) for image, captions in enumerate(self.captions_of) for caption in captions]
+        chosen = rng.permutation(len(pairs))[: self.real]
+        return [(*pairs[i], seed) for i, seed in zip(chosen, rng.integers(2**31, size=self.real).tolist())]
+
+
 def pad(texts, pad_id):
     """n lists of token ids -> (input_ids, attention_mask), (n, l), l the length of the longest."""
     length = max(map(len, texts))
@@ -136,12 +157,13 @@ def pad(texts, pad_id):
 def collate(pairs, pad_id, image_key="image", text_key="text"):
     """n images with k captions each -> a batch with these keys:
 
+    image_id: (n,) positions of the images in the data set.
     image: (n, 3, size, size) pixels; or image_activations: (n, ...), outputs of a frozen trunk; or image_features: (n, d_i).
     text and attention_mask: (k n, l) token ids; or text_features: (k n, d_t).
     """
-    images, texts = zip(*pairs)
+    images, texts, ids = zip(*pairs)
     texts = list(itertools.chain(*texts))
-    batch = {image_key: as_batch(images) if image_key == "image" else torch.stack(images)}
+    batch = {image_key: as_batch(images) if image_key == "image" else torch.stack(images), "image_id": torch.tensor(ids)}
     if text_key == "text":
         text, attention_mask = pad(texts, pad_id)
         return batch | {"text": text, "attention_mask": attention_mask}

@@ -1,4 +1,4 @@
-"""Score a run: python evaluate.py retrieval|match|zeroshot|sts --run RUN ...; leaks --data-dir DIR checks a data set."""
+"""Score a run: python evaluate.py retrieval|match|zeroshot|sts|twins --run RUN ...; leaks --data-dir DIR checks a data set."""
 
 import re
 import sys
@@ -14,6 +14,7 @@ from embedding import file_features, open_model, text_features, token_ids
 from evaluation.leaks import leaks
 from evaluation.retrieval import match_choices, recall, recall_table, similarities
 from evaluation.sts import sts
+from evaluation.twins import twins
 from evaluation.zeroshot import zeroshot
 from utils.errors import UserError, run_command
 from utils.files import write_json
@@ -51,7 +52,8 @@ def select_rows(run, data_paths, split, skip_bad):
     Returns (table, image_dir, number of unusable rows that were left out). Raises UserError if the table would be empty.
     """
     config = None if run in OPENAI else load_run(run)["config"]
-    if not any(data_paths):
+    own_data = not any(data_paths)
+    if own_data:
         if not config:
             raise UserError(f"--run {run}: has no data of its own; name a data set with --data-dir")
         data_paths = config.data_dir, config.image_path, config.captions_path
@@ -62,6 +64,8 @@ def select_rows(run, data_paths, split, skip_bad):
         raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all scores every image")
     if config and split != "train":
         of_split = without_training_images(run, of_split, split)
+    elif config and config.train_images and own_data:  # of this data the run saw these only
+        of_split = of_split[of_split["image"].isin(training_images(Path(run) / SPLITS, table))]
     return of_split, image_dir, len(skipped)
 
 
@@ -170,12 +174,13 @@ def match(
         write_json(json_path, scores)
 
 
-TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "leaks": leaks}
+TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "twins": twins, "leaks": leaks}
 EXAMPLES = {  # what to write behind python evaluate.py
     "retrieval": "retrieval --run runs/shapes --split test",
     "match": "match --run runs/shapes --choices 4",
     "zeroshot": "zeroshot --run runs/best --images FOLDER",
     "sts": "sts --run runs/best --file sts-test.csv",
+    "twins": "twins --run runs/shapes",
     "leaks": "leaks --data-dir Datasets/shapes",
 }
 

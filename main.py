@@ -1,6 +1,7 @@
 """Trains CLIP: python main.py [PRESET] [--flags]. docs/runs.md lists the files that a run writes."""
 
 import contextlib
+import math
 import shlex
 import sys
 import threading
@@ -69,18 +70,19 @@ def train(config):
         print(f"going on after epoch {len(state.history)}, step {len(state.losses)} of the next")
     distributed.require_same_run_dir(run_dir, len(state.history))
     loader = train_loader(config, model, splits["train"], device)
+    epochs = math.ceil(config.steps / loader.batch_sampler.steps) or config.epochs
     start_rsum, terminated = best_rsum(run_dir / "heads"), threading.Event()
     with at_sigterm(terminated.set):  # training ends after the step, when the state is whole
-        for _ in range(len(state.history), config.epochs):
+        for _ in range(len(state.history), epochs):
             started = time.perf_counter()
             trained = train_epoch(state, loader, device, dtype, terminated)
-            scores = validate(state.scored_model, splits["val"], config.batch_size, device, dtype)
+            scores = validate(state.scored_model, splits["val"], config, device, dtype)
             best = scores["rsum"] > max([start_rsum, *state.rsums])
             state.end_epoch(history_row(state, trained, scores, time.perf_counter() - started))
             if state.joint:
                 draw_generated_pictures(state, splits["val"], device, dtype)
             state.save_epoch(best)
-            print_epoch(state.history[-1], config.epochs, best)
+            print_epoch(state.history[-1], epochs, best)
 
     with distributed.main_process_first():
         load_weights(model, run_dir)

@@ -98,7 +98,8 @@ class TextEncoder(nn.Module):
         self.layers = layers
         self.width = layers * backbone.config.hidden_size
         self.max_length = getattr(backbone.config, "max_position_embeddings", None) or 10**6
-        self.pooling = pooling if pooling != "auto" else "last" if self.is_causal() else "mean"
+        causal = backbone.config.model_type != "cbow" and self.is_causal()  # no token of a bag of words sees another
+        self.pooling = pooling if pooling != "auto" else "last" if causal else "mean"
         config = {key: value for key, value in backbone.config.to_dict().items() if key not in FILE_KEYS}
         self.architecture = {"config": config, "pooling": self.pooling, "layers": layers}
 
@@ -123,7 +124,12 @@ class TextEncoder(nn.Module):
         return torch.cat(features)[order.argsort()]
 
     def pooled(self, input_ids, attention_mask):
-        """`forward` of one bucket of captions."""
+        """input_ids, attention_mask: (n, l) -> (n, d_t) features of n captions.
+
+        pooling "first" takes the first token's output, "last" the last real token's, "mean" the mean over the real tokens. With
+        several layers their outputs are side by side, the last layer's first.
+        """
+        # BEGIN SOLUTION
         kwargs = {"output_hidden_states": True} if self.layers > 1 else {}
         outputs = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         hidden = outputs.last_hidden_state  # (n, l, d_t)
@@ -136,14 +142,18 @@ class TextEncoder(nn.Module):
             return hidden.gather(1, last[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
+        # END SOLUTION
 
 
 class ProjectionHead(nn.Module):
     """An encoder's features to the joint embedding: (n, d) -> (n, d_e).
 
-    layers: 1 is the paper's linear map; 2 is the residual head of many teaching scripts.
+    layers: 0 is no head, for encoders whose features have the width d_e; 1 is the paper's linear map; 2 is the residual head of
+    many teaching scripts.
     bias: of the linear map; in the paper only after attention pooling.
     feature_dropout: probability that training drops an input feature.
+
+    Attributes: out_features (d_e).
 
     Features are first standardised with `mean` and `std`, (d,), which `standardize` sets for a frozen encoder. Their initial
     values, 0 and 1, change nothing.
@@ -151,10 +161,15 @@ class ProjectionHead(nn.Module):
 
     def __init__(self, width, projection_dim, layers=1, dropout=0.1, feature_dropout=0.0, bias=False):
         super().__init__()
+        self.out_features = projection_dim
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("std", torch.ones(width))
         self.feature_dropout = nn.Dropout(feature_dropout)
-        self.projection = nn.Linear(width, projection_dim, bias=bias)
+        if layers == 0 and width != projection_dim:
+            raise UserError(
+                f"--num-projection-layers 0: the encoders have {width} features, so --projection-dim must be {width}"
+            )
+        self.projection = nn.Linear(width, projection_dim, bias=bias) if layers else nn.Identity()
         self.residual = None
         if layers == 2:
             self.residual = nn.Sequential(nn.GELU(), nn.Linear(projection_dim, projection_dim), nn.Dropout(dropout))

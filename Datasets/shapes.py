@@ -69,8 +69,18 @@ PLACES = {  # (row, column) of a 3 x 3 grid: words
     (2, 1): ["at the bottom", "in the middle of the bottom edge"],
     (2, 2): ["in the bottom right corner", "at the lower right"],
 }
+RELATIONS = {  # words: relation
+    "left of": "left",
+    "to the left of": "left",
+    "right of": "right",
+    "to the right of": "right",
+    "above": "above",
+    "higher than": "above",
+    "below": "below",
+    "lower than": "below",
+}
 PREFIXES = ["", "", "a photo of ", "a picture of "]  # of captions that only name the shapes
-HELD_OUT = {
+HELD_OUT = {  # pairs of colour and shape that training never shows
     ("red", "star"),
     ("green", "ring"),
     ("blue", "triangle"),
@@ -80,6 +90,9 @@ HELD_OUT = {
 }
 
 
+MAX_SEEN = len(COLORS) * len(SHAPES) - len(HELD_OUT)
+
+
 @dataclass(frozen=True)
 class Thing:
     color: str
@@ -87,19 +100,15 @@ class Thing:
     size: str
     cell: tuple[int, int]  # row, column
 
-    @property
-    def held_out(self):
-        return (self.color, self.shape) in HELD_OUT
-
 
 @dataclass(frozen=True)
 class Scene:
     things: tuple[Thing, ...]
     background: str
 
-    @property
-    def held_out(self):
-        return any(thing.held_out for thing in self.things)
+    def shows(self, pairs):
+        """Whether a shape of the scene is among these pairs of colour and shape."""
+        return any((thing.color, thing.shape) in pairs for thing in self.things)
 
 
 # ---- scenes ----------------------------------------------------------------------------------------------------
@@ -125,20 +134,38 @@ def twin(scene, rng):
     return Scene((a, b, *others), scene.background)
 
 
-def draw_scenes(count, held_out, rng, used, twins=0.2):
+def unseen_pairs(seen):
+    """The pairs of colour and shape that training does not show, if it shows `seen` of them.
+
+    Each colour and each shape is among those seen. Those of `HELD_OUT` are never seen, so that there are always some to test.
+    Raises ValueError unless at least one pair per colour is seen, and at most all but those.
+    """
+    pairs = list(itertools.product(COLORS, SHAPES))
+    if not len(COLORS) <= seen <= MAX_SEEN:
+        raise ValueError(f"{seen} seen pairs: must be {len(COLORS)} to {MAX_SEEN}")
+    shapes = list(SHAPES)
+    first = [(color, shapes[(i + 1) % len(shapes)]) for i, color in enumerate(COLORS)]  # every colour and every shape
+    others = [pair for pair in pairs if pair not in HELD_OUT and pair not in first]
+    random.Random(0).shuffle(others)
+    return set(pairs) - set([*first, *others][:seen])
+
+
+def draw_scenes(count, unseen, needs_unseen, rng, used, twins=0.2):
     """A list of `count` different scenes, none of them in the set `used`, to which they are added.
 
-    held_out: False allows no pair of `HELD_OUT`; True requires one in every fourth scene. twins: probability of a twin.
+    unseen: pairs of colour and shape. needs_unseen: True requires one of them in every fourth scene, False allows none. twins:
+    probability of a twin.
     """
     scenes = []
     while len(scenes) < count:
-        needs_held_out = held_out and len(scenes) % 4 == 0
         scene = random_scene(rng)
         with_twin = len(scene.things) > 1 and rng.random() < twins
         pair = [scene] + ([twin(scene, rng)] if with_twin else [])
         if None in pair or any(scene in used for scene in pair) or len(scenes) + len(pair) > count:
             continue
-        if not held_out and any(scene.held_out for scene in pair) or needs_held_out and not scene.held_out:
+        if not needs_unseen and any(scene.shows(unseen) for scene in pair):
+            continue
+        if needs_unseen and len(scenes) % 4 == 0 and not scene.shows(unseen):
             continue
         scenes += pair
         used.update(pair)
@@ -202,6 +229,87 @@ def captions(scene, rng):
         f"{count} shapes on {rng.choice(ground)} : {listed([one(thing, size=True, color=False) for thing in order])} .",
         f"the {noun(a, rng)} {place(a)} is {rng.choice(SIZES[a.size][0])} ; {one(b)} is {place(b)} .",
     ]
+
+
+@dataclass(frozen=True)
+class ScenePair:
+    """Two scenes that differ in one thing, and a caption of each that is false of the other."""
+
+    scenes: tuple[Scene, Scene]
+    captions: tuple[str, str]
+    swapped: str  # "color" or "place" of two shapes, or the "side" of one
+    relation: str  # what the captions say, or the first one: "left", "right", "above" or "below"
+
+
+def twin_pairs(count, seed=0):
+    """`count` `ScenePair`s of two shapes that swap colours or places. Both captions have the same words, in another order.
+
+    No shape is of a held-out pair of colour and shape. The pairs are the same for the same arguments.
+    """
+    rng, pairs = random.Random(seed), []
+    while len(pairs) < count:
+        scene = random_scene(rng)
+        other = twin(scene, rng) if len(scene.things) == 2 else None
+        if other is None or any(each.shows(HELD_OUT) for each in (scene, other)):
+            continue
+        a, b = scene.things
+        swapped = "color" if other.things[0].cell == a.cell else "place"
+        words = relation(a, b, rng)
+        x, y = (
+            {
+                "size": rng.choice(SIZES[t.size][0]),
+                "color": rng.choice(COLORS[t.color][0]),
+                "shape": rng.choice(SHAPES[t.shape]),
+            }
+            for t in (a, b)
+        )
+        x_twin, y_twin = (x | {"color": y["color"]}, y | {"color": x["color"]}) if swapped == "color" else (y, x)
+        captions = tuple(
+            f"{with_article(' '.join(first.values()))} is {words} {with_article(' '.join(second.values()))} ."
+            for first, second in ((x, y), (x_twin, y_twin))
+        )
+        pairs.append(ScenePair((scene, other), captions, swapped, RELATIONS[words]))
+    return pairs
+
+
+def mirrored_pairs(count, seed=0):
+    """`count` `ScenePair`s of one shape and the same scene mirrored, left to right or up to down; captions name its place."""
+    rng, pairs = random.Random(seed), []
+    for _ in range(count):
+        side, axis, k = rng.choice((0, 2)), rng.randrange(2), rng.randrange(2)  # axis 0: rows; k: which words for the place
+        cell = [rng.randrange(3), rng.randrange(3)]
+        cell[axis] = side
+        other = list(cell)
+        other[axis] = 2 - side
+        look = rng.choice([(color, shape) for color in COLORS for shape in SHAPES if (color, shape) not in HELD_OUT])
+        thing = Thing(*look, rng.choice(list(SIZES)), tuple(cell))
+        words, background = with_article(noun(thing, rng, size=True)), rng.choice(list(BACKGROUNDS))
+        things = (thing, replace(thing, cell=tuple(other)))
+        scenes = tuple(Scene((each,), background) for each in things)
+        captions = tuple(f"{words} {PLACES[each.cell][k]} ." for each in things)
+        pairs.append(ScenePair(scenes, captions, "side", (("above", "below"), ("left", "right"))[axis][side // 2]))
+    return pairs
+
+
+def rated_pairs(count, seed=0):
+    """`count` pairs of captions of one shape each, with how alike they are: (rating, caption, caption), as in STS files.
+
+    The rating, 1 to 5, is one more than how many of colour, shape, size and place are the same; synonyms are drawn for each.
+    """
+    rng, pairs = random.Random(seed), []
+    traits = {"color": COLORS, "shape": SHAPES, "size": SIZES, "cell": PLACES}
+    for _ in range(count):
+        first = {name: rng.choice(list(values)) for name, values in traits.items()}
+        same = rng.sample(list(traits), rng.randint(0, len(traits)))
+        second = {
+            name: first[name] if name in same else rng.choice([value for value in values if value != first[name]])
+            for name, values in traits.items()
+        }
+        things = (Thing(**first), Thing(**second))
+        pairs.append(
+            (1.0 + len(same), *(f"{with_article(noun(t, rng, size=True))} {rng.choice(PLACES[t.cell])} ." for t in things))
+        )
+    return pairs
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------
@@ -268,18 +376,17 @@ def write_picture(path, scene, side, rng):
         raise OSError(f"{path}: could not be written")
 
 
-def draw(folder, train=6000, val=300, test=300, side=96, seed=0):
+def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN):
     """Writes the data set into `folder`: the same images, captions and split lists for the same arguments.
 
-    train, val, test: numbers of images. side: height and width in pixels.
-    An existing folder is replaced; on failure nothing is written.
+    train, val, test: numbers of images. side: height and width in pixels. seen: pairs of colour and shape that training shows.
+    An existing folder is replaced; on failure nothing is written. Raises ValueError as `unseen_pairs` does.
     """
-    rng = random.Random(seed)
-    used = set()
+    rng, used, unseen = random.Random(seed), set(), unseen_pairs(seen)
     splits = {
-        "train": draw_scenes(train, False, rng, used),
-        "dev": draw_scenes(val, False, rng, used),
-        "test": draw_scenes(test, True, rng, used),
+        "train": draw_scenes(train, unseen, False, rng, used),
+        "dev": draw_scenes(val, unseen, False, rng, used),
+        "test": draw_scenes(test, unseen, True, rng, used),
     }
     names = iter(f"{number:05d}.png" for number in range(train + val + test))
     rows = []

@@ -57,11 +57,11 @@ def commit():
     return process.stdout.strip() or "unknown"
 
 
-def report(title, columns, rows, json_path, seeds=(), curves=None):
+def report(title, columns, rows, json_path, seeds=(), curves=None, note=""):
     """Prints rows, lists with one cell per column, as a Markdown table, and writes them to json_path if it is not empty.
 
     What is written is what `benchmarks/tables.py` reads: docs/results/NAME.json is the table NAME of the documents. seeds:
-    those of the figures. curves: {name: [[x, y], ...]}, written with it for `benchmarks/figures.py`.
+    those of the figures. curves: {name: [[x, y], ...]}, written with it for `benchmarks/figures.py`. note: on the figures.
     """
     machine = f"{processor()}, {torch.get_num_threads()} threads, torch {torch.__version__.split('+')[0]}"
     if torch.cuda.is_available():
@@ -73,8 +73,8 @@ def report(title, columns, rows, json_path, seeds=(), curves=None):
     if json_path:
         command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
         source = {"command": command, "commit": commit(), "date": datetime.date.today().isoformat(), "processor": machine}
-        results = {"title": title, **source, "seeds": ", ".join(map(str, seeds)), "note": "", "columns": columns, "rows": rows}
-        write_json(json_path, results | ({"curves": curves} if curves else {}))
+        results = {"title": title, **source, "seeds": ", ".join(map(str, seeds)), "note": note}
+        write_json(json_path, results | {"columns": columns, "rows": rows} | ({"curves": curves} if curves else {}))
 
 
 def timed_lines(arguments, script="main.py"):

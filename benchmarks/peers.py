@@ -45,6 +45,7 @@ CONTENDERS = {  # name: flags; the lengths are chosen such that the rates have f
     "sentence-transformers, image encoder frozen": ["--freeze-image", "--batch-size", 128, "--steps", 84],
     "sentence-transformers": ["--batch-size", 64, "--steps", 80],
     "plain loop": [],
+    "open_clip, image encoder locked, larger rate": ["--lock-image", "--batch-size", 128, "--lr", 1e-3, "--epochs", 7],
 }
 
 

@@ -19,7 +19,12 @@ TABLE = re.compile(r"(<!-- table ([\w-]+) -->\n)(?:.*?)(<!-- end of table \2 -->
 
 def documents():
     """The Markdown files that may hold tables."""
-    return [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "assignment" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]
 
 
 def markdown(result):

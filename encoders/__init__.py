@@ -1,6 +1,7 @@
 """Image encoders and text encoders.
 
 build.py        create encoders from a name, a weight file or sizes: timm for images, Hugging Face for text
+cbow.py         a bag of words as a text encoder
 convolution.py  faster convolutions on a CPU, with the same results
 hub.py          download from a model hub, with a short timeout
 openai.py       load OpenAI's CLIP weights

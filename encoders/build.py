@@ -12,7 +12,7 @@ from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.mlp_mixer import MlpMixer
 from timm.models.vision_transformer import VisionTransformer
 
-from encoders import text_mixer  # noqa: F401  registers its model type with transformers
+from encoders import cbow, text_mixer  # noqa: F401  they register their model types with transformers
 from encoders.hub import from_hub
 from utils.errors import UserError
 
@@ -114,7 +114,7 @@ def random_text_config(model_type, width, layers, heads, vocab_size, max_length)
         config = transformers.AutoConfig.for_model("clip_text_model" if model_type == "clip" else model_type)
     except ValueError:
         raise UserError(
-            f"--text-encoder {model_type}: random weights need a model type: clip, mixer, distilbert, bert, gpt2, ..."
+            f"--text-encoder {model_type}: random weights need a model type: clip, mixer, cbow, distilbert, bert, gpt2, ..."
         ) from None
     config.vocab_size = vocab_size
     config.hidden_size, config.num_hidden_layers, config.num_attention_heads = width, layers, heads

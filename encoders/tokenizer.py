@@ -17,8 +17,11 @@ from utils.errors import UserError
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
-def train_tokenizer(captions, vocab_size, max_length):
-    """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary of about vocab_size learned from the captions."""
+def train_tokenizer(captions, vocab_size, max_length, start="[CLS]"):
+    """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary of about vocab_size learned from the captions.
+
+    start: the token before each caption; empty: none. Each caption ends in [SEP].
+    """
     normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     trainer_tokenizer = tokenizers.Tokenizer(models.WordPiece())
     trainer_tokenizer.normalizer, trainer_tokenizer.pre_tokenizer = normalizer, pre_tokenizer
@@ -34,7 +37,7 @@ def train_tokenizer(captions, vocab_size, max_length):
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
     tokenizer.add_special_tokens(SPECIAL)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=ends)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{start} $A [SEP]".strip(), special_tokens=ends)
     return configure_tokenizer(tokenizer, max_length, tokenizer.token_to_id("[PAD]"), "[PAD]")
 
 

@@ -14,14 +14,15 @@ KS = (1, 5, 10)  # the K of Recall@K
 def recall(similarity, image_of_text):
     """Recall@K and median rank of retrieval in both directions.
 
-    similarity: (m, n) array, of m captions with n images. image_of_text: (m,) index of each caption's image. Images may have
-    different numbers of captions, but at least one.
+    similarity: (m, n) array, a row for each of m captions, a column for each of n images. image_of_text: (m,) index of each
+    caption's image. Images may have different numbers of captions, but at least one.
 
-    Returns {"image_to_text": {"R@1", "R@5", "R@10", "median_rank"}, "text_to_image": {...}, "rsum"}, recalls in percent. Any
-    caption of an image counts as correct for it. Ties are broken against the model: a wrong answer with the same score is
-    ranked before the correct one, so a collapsed model, which gives every pair the same score, has a recall of 0.
+    Returns {"image_to_text": {"R@1", "R@5", "R@10", "median_rank"}, "text_to_image": {...}, "rsum"}, recalls in percent. Ranks
+    start at 1. Any caption of an image counts as correct for it. Ties are broken against the model: a wrong answer with the
+    same score is ranked before the correct one, so a collapsed model, which gives every pair the same score, finds nothing.
     Raises ValueError if a similarity is not finite or an image has no caption.
     """
+    # BEGIN SOLUTION
     similarity, image_of_text = np.asarray(similarity), np.asarray(image_of_text)
     if not np.isfinite(similarity).all():
         raise ValueError("similarities that are not finite cannot be ranked")
@@ -40,6 +41,7 @@ def recall(similarity, image_of_text):
 
     scores = {"image_to_text": summary(image_ranks), "text_to_image": summary(text_ranks)}
     return scores | {"rsum": sum(direction[f"R@{k}"] for direction in scores.values() for k in KS)}
+    # END SOLUTION
 
 
 def match_choices(similarity, image_of_text, choices, seed):

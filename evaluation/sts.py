@@ -58,6 +58,14 @@ def correlations(ratings, cosines):
     return {"pairs": len(ratings), "spearman": 100 * float(spearman), "pearson": 100 * float(pearson)}
 
 
+def sts_scores(model, pairs, device, dtype):
+    """The correlations of ratings with cosines, as `correlations` gives them. pairs: (rating, sentence, sentence)."""
+    ratings, first, second = zip(*pairs)
+    T_f = text_features(model, token_ids(model.tokenizer, first + second), device, dtype)
+    T_e = project_and_normalize(model.text_projection, T_f, device)  # (2 pairs, d_e)
+    return correlations(ratings, (T_e[: len(pairs)] * T_e[len(pairs) :]).sum(dim=1).tolist())
+
+
 def sts(
     run: str,
     file: tuple[str, ...],
@@ -80,12 +88,8 @@ def sts(
     model, device, dtype = open_model(run, device, precision)
     scores = {}
     for name, pairs in tables.items():
-        ratings, first, second = zip(*pairs)
-        T_f = text_features(model, token_ids(model.tokenizer, first + second), device, dtype)
-        T_e = project_and_normalize(model.text_projection, T_f, device)  # (2 pairs, d_e)
-        cosines = (T_e[: len(pairs)] * T_e[len(pairs) :]).sum(dim=1).tolist()
         try:
-            scores[Path(name).name] = correlations(ratings, cosines)
+            scores[Path(name).name] = sts_scores(model, pairs, device, dtype)
         except ValueError as error:
             raise UserError(f"{name}: {error}, so there is no correlation") from None
     average = {kind: sum(row[kind] for row in scores.values()) / len(scores) for kind in ("spearman", "pearson")}

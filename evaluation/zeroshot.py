@@ -102,6 +102,30 @@ def classifier(model, names, templates, device, dtype):
     return F.normalize(T_e.mean(dim=1), dim=1)
 
 
+def classify(model, names, paths, templates, device, dtype, num_workers=0, skip_bad=False):
+    """The best classes of n pictures among c names, (n, up to 5) indices, best first, and {position: what is wrong}.
+
+    A picture that cannot be read is left out where skip_bad is True. Raises UserError as `classifier` and `file_features` do.
+    """
+    weights = classifier(model, names, templates, device, dtype)  # (c, d_e)
+    I_f, bad = file_features(model, paths, device, dtype, num_workers, skip_bad)
+    similarity = project_and_normalize(model.image_projection, I_f, device) @ weights.T  # (n, c)
+    return similarity.topk(min(5, len(names)), dim=1).indices, bad
+
+
+def accuracy_per_class(names, labels, answers):
+    """{class: top-1 accuracy in percent} of n pictures, from their (n,) labels and (n,) answers, indices into names."""
+    hits = (labels == answers).float()
+    return {names[i]: 100 * hits[labels == i].mean().item() for i in labels.unique().tolist()}
+
+
+def class_accuracies(model, images, templates, device, dtype):
+    """`accuracy_per_class` of a folder with one subfolder of pictures per class."""
+    names, paths, labels = find_pictures(images)
+    top, _ = classify(model, names, paths, templates, device, dtype)
+    return accuracy_per_class(names, labels, top[:, 0])
+
+
 def zeroshot(
     run: str,
     images: str,
@@ -130,11 +154,8 @@ def zeroshot(
     """
     names, paths, labels = find_pictures(images, classes)
     model, device, dtype = open_model(run, device, precision)
-    weights = classifier(model, names, template, device, dtype)  # (c, d_e)
-    I_f, bad = file_features(model, paths, device, dtype, num_workers, skip_bad)
+    top, bad = classify(model, names, paths, template, device, dtype, num_workers, skip_bad)
     labels = labels[[i for i in range(len(paths)) if i not in bad]]
-    similarity = project_and_normalize(model.image_projection, I_f, device) @ weights.T  # (n, c)
-    top = similarity.topk(min(5, len(names)), dim=1).indices  # (n, 5)
     hits = top == labels[:, None]
     scores = {"images": len(labels), "classes": len(names)}
     scores |= {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
@@ -143,6 +164,7 @@ def zeroshot(
     print(f"{len(labels):,} pictures of {len(names):,} classes; chance of top-1 {100 / len(names):.2f}%")
     print(f"top-1 {scores['top1']:.1f}%  top-5 {scores['top5']:.1f}%")
     counts = torch.bincount(labels * len(names) + top[:, 0], minlength=len(names) ** 2).view(len(names), -1)
+    scores["class_top1"] = accuracy_per_class(names, labels, top[:, 0])
     draw_confusion(names, counts.numpy(), output)
     print(f"drawn in {output}")
     if json_path:

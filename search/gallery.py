@@ -153,7 +153,7 @@ def update(path, model, files, folder, device, dtype, num_workers):
         write(database, pending)
         rows = database.execute("SELECT id, path, embedding FROM pictures WHERE path BETWEEN ? AND ?", bounds)
         rows = sorted((name, row_id, blob) for row_id, name, blob in rows if name in files and blob is not None)
-    width = model.image_projection.projection.out_features
+    width = model.image_projection.out_features
     embeddings = np.frombuffer(bytearray(b"".join(blob for _, _, blob in rows)), dtype=np.float32).reshape(-1, width)
     return np.array([row_id for _, row_id, _ in rows]), [name for name, _, _ in rows], torch.from_numpy(embeddings)
 

@@ -101,7 +101,7 @@ def embed_captions(model, run, cache_dir, device, dtype):
 
     The embeddings are cached on disk. If the data set is no longer there, m is 0 and a message is printed.
     """
-    width = model.text_projection.projection.out_features
+    width = model.text_projection.out_features
     try:
         captions = list(read_data(run)[0]["caption"].unique())
     except UserError as error:

@@ -97,8 +97,9 @@ def flags_for_small(sample, folder, run_dir="run", **options):
         "data_dir": sample, "run_dir": folder / run_dir, "cache_dir": folder / "cache", "text_layers": 1,
         "text_width": 32, "text_heads": 2, "batch_size": 32, "epochs": 2, "precision": "fp32", "device": "cpu",
     } | options  # fmt: skip
-    pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
-    return ["shapes", *(word for pair in pairs for word in pair)]
+    named = [(name.replace("_", "-"), value) for name, value in options.items()]
+    words = [[f"--no-{name}"] if value is False else [f"--{name}", str(value)] for name, value in named]
+    return ["shapes", *sum(words, [])]
 
 
 @pytest.fixture

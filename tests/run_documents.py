@@ -13,7 +13,7 @@ QUOTED_OR_COMMENT = re.compile(r""""[^"]*"|'[^']*'|(?<!\S)#.*""")
 
 
 def documents():
-    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    return [ROOT / "README.md", ROOT / "assignment" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def command_lines(block):

@@ -84,6 +84,7 @@ def batch_of(model, count=N, captions=1):
     size = model.image_encoder.size
     return {
         "image": torch.zeros(count, 3, size, size, dtype=torch.uint8),
+        "image_id": torch.arange(count),
         "text": torch.ones(captions * count, LENGTH, dtype=torch.int64),
         "attention_mask": torch.ones(captions * count, LENGTH, dtype=torch.int64),
     }
@@ -187,7 +188,7 @@ def test_search_classes_and_heat_maps(made, dtype, values_of_nothing, monkeypatc
     with FakeTensorMode() as mode:
         model = to_fake(made, mode)
         query = queries.embed_texts(model, ["a red circle"])[0]
-        assert query.device.type == "cpu" and query.shape == (model.text_projection.projection.out_features,)
+        assert query.device.type == "cpu" and query.shape == (model.text_projection.out_features,)
         scores, order = top_k(torch.zeros(5, len(query)), query, 3)
         assert scores.shape == order.shape == (3,)
         monkeypatch.setattr(FakeTensor, "tolist", lambda tensor: [0] * len(tensor))

@@ -268,6 +268,28 @@ def test_held_out_looks_occur_in_the_test_split_only(sample):
     assert found["train"] == found["dev"] == 0 < found["test"]
 
 
+@pytest.mark.parametrize("seen", [8, 20, shapes.MAX_SEEN])
+def test_training_shows_so_many_pairs_and_each_colour_and_shape(seen):
+    unseen = shapes.unseen_pairs(seen)
+    shown = {(color, shape) for color in shapes.COLORS for shape in shapes.SHAPES} - unseen
+    assert len(shown) == seen and unseen >= shapes.HELD_OUT
+    assert {color for color, _ in shown} == set(shapes.COLORS) and {shape for _, shape in shown} == set(shapes.SHAPES)
+
+
+def test_more_or_fewer_pairs_than_there_are_cannot_be_shown():
+    assert shapes.unseen_pairs(shapes.MAX_SEEN) == shapes.HELD_OUT
+    for seen in (7, shapes.MAX_SEEN + 1):
+        with pytest.raises(ValueError, match="must be 8 to 42"):
+            shapes.unseen_pairs(seen)
+
+
+def test_a_sample_of_few_pairs_shows_no_other_in_training(tmp_path):
+    shapes.draw(tmp_path / "few", train=12, val=4, test=4, seen=10)
+    words = {(c, s): [f"{a} {b}" for a in shapes.COLORS[c][0] for b in shapes.SHAPES[s]] for c, s in shapes.unseen_pairs(10)}
+    text = (tmp_path / "few" / "captions.txt").read_text(encoding="utf-8").splitlines()[1 : 1 + 5 * 16]
+    assert not [line for line in text for names in words.values() for name in names if name in line]
+
+
 def test_two_captions_of_five_name_no_colours(sample):
     colors = [word for words, _ in shapes.COLORS.values() for word in words]
     looks = [f"{color} {word}" for color in colors for words in shapes.SHAPES.values() for word in words]

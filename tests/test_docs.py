@@ -86,7 +86,7 @@ def test_a_link_to_a_file_that_git_ignores_is_found():
     assert faults_of_links(ROOT / "README.md", "[a](.git/HEAD)", tracked) == [".git/HEAD is missing"]
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_links_lead_somewhere(path):
     assert not faults_of_links(path, path.read_text(encoding="utf-8"), set(listed()))
 
@@ -101,7 +101,7 @@ def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 200
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_tables_are_those_of_the_results(path):
     text = path.read_text(encoding="utf-8")
     assert render(text) == text, "run python benchmarks/tables.py"
@@ -166,7 +166,7 @@ def test_a_command_that_does_not_exist_is_found():
     ]
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_scripts_presets_and_flags_exist(path):
     shown = python_commands(path.read_text(encoding="utf-8"))
     assert not [fault for command in shown for fault in faults_of_command(*command)]

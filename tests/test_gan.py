@@ -137,6 +137,15 @@ def test_generated_pairs_carry_training_captions_only(pairs, sample, run):
     assert read_image(pairs / "Images" / rows[0]["image"], IMAGE_SIZE).shape == (IMAGE_SIZE, IMAGE_SIZE, 3)
 
 
+def test_a_generator_sees_no_image_that_its_run_did_not(small_flags, tmp_path):
+    flags = small_flags(train_images=40, epochs=1, batch_size=20)
+    main.train(parse_config(flags, "shapes")[0])
+    source = GAN.read_captions_and_encoder(GAN.GANConfig(run=str(tmp_path / "run"), device="cpu"), "")
+    seen = pd.read_csv(tmp_path / "run" / "splits.csv")
+    names = set(source.table["image"][source.table["split"] == "train"])
+    assert len(names) == 40 and names == set(seen["image"][seen["split"] == "train"])
+
+
 def test_a_batch_has_its_share_of_generated_pictures_and_none_beside_its_own_caption():
     real, sources = 12, [{i % 12, (i + 1) % 12} for i in range(20)]  # each caption is that of two real pictures
     captions_of = [np.array([i]) for i in range(real + len(sources))]

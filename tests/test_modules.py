@@ -192,6 +192,25 @@ def test_a_text_mixer_is_the_mixer_of_the_whole_context_by_hand():
     torch.testing.assert_close(encoder(input_ids, torch.ones_like(input_ids))[0], mixer.norm(x)[:3].mean(0))
 
 
+def test_a_bag_of_words_is_the_mean_of_the_embeddings_in_any_order():
+    encoder = text_encoder("cbow")
+    assert encoder.pooling == "mean"
+    mask = torch.tensor([[1, 1, 1, 0]])
+    one, other = (encoder(torch.tensor([ids]), mask)[0] for ids in ([5, 6, 7, 9], [7, 5, 6, 0]))
+    torch.testing.assert_close(one, other)
+    torch.testing.assert_close(one, encoder.backbone.token_embedding.weight[[5, 6, 7]].mean(0))
+    assert (one - encoder(torch.tensor([[5, 6, 8, 9]]), mask)[0]).abs().max() > 1e-3
+    with pytest.raises(UserError, match="--text-feature-layers 2: this encoder has 1"):
+        TextEncoder(encoder.backbone, layers=2)
+
+
+def test_without_a_head_the_features_are_the_embedding():
+    features = torch.randn(3, 6)
+    assert torch.equal(ProjectionHead(6, 6, layers=0)(features), features)
+    with pytest.raises(UserError, match="--projection-dim must be 6"):
+        ProjectionHead(6, 4, layers=0)
+
+
 def test_a_text_mixer_knows_where_a_token_stands():
     encoder = text_encoder("mixer")
     mask = torch.ones(1, 3, dtype=torch.int64)

@@ -85,6 +85,7 @@ def test_one_seed_gives_the_same_weights_and_another_others(small_flags, tmp_pat
         {"micro_batch_size": 8, "captions_per_image": 2},
         {"gan": "joint", "freeze": "text"},
         {"ema_decay": 0.9, "freeze": "text"},
+        {"loss": "sigmoid", "unique_images": False, "targets": "image", "steps": 11},
     ],
 )
 def test_a_resumed_run_equals_an_uninterrupted_one(small_flags, tmp_path, monkeypatch, options):
@@ -409,6 +410,47 @@ def test_fine_tuning_starts_from_trained_heads(small_flags, sample, tmp_path, mo
     assert_equal_weights(encoder, {name.removeprefix(prefix): heads[name] for name in heads if name.startswith(prefix)})
 
 
+def test_steps_end_within_an_epoch_and_lower_the_rates_until_then(small_flags, tmp_path):
+    train(small_flags(steps=5))  # an epoch has three
+    history = pd.read_csv(tmp_path / "run" / "history.csv")
+    assert len(history) == 2 and len(torch.load(tmp_path / "run" / "last.pt", weights_only=True)["losses"]) == 0
+    config = Config(warmup=Config().warmup)
+    expected = [optimization.lr_scale(step, 5, config, []) for step in (2, 4)]
+    assert history["lr_scale"].tolist() == pytest.approx(expected)
+
+
+def test_train_images_are_drawn_with_the_seed_and_the_others_left_out(small_flags, tmp_path):
+    chosen = []
+    for run, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train(small_flags(run, seed=seed, train_images=40, epochs=1))
+        splits = pd.read_csv(tmp_path / run / "splits.csv")
+        chosen.append(set(splits.loc[splits["split"] == "train", "image"]))
+        assert (splits["split"] == "val").sum() == 24
+    assert chosen[0] == chosen[1] != chosen[2] and all(len(names) == 40 for names in chosen)
+    with pytest.raises(UserError, match="--train-images 97: there are only 96 training images"):
+        train(small_flags("d", train_images=97))
+
+
+def test_a_fixed_temperature_stays_and_a_sigmoid_run_comes_back(small_flags, tmp_path):
+    train(small_flags("fixed", temperature=0.2))
+    assert pd.read_csv(tmp_path / "fixed" / "history.csv")["temperature"].tolist() == pytest.approx([0.2, 0.2])
+    model = train(small_flags("sigmoid", loss="sigmoid"))
+    history = pd.read_csv(tmp_path / "sigmoid" / "history.csv")
+    assert history["chance_loss"].isna().all() and history["loss"].notna().all()
+    loaded, _ = clip.load(tmp_path / "sigmoid", device="cpu")
+    assert loaded.logit_bias.item() == model.logit_bias.item() != -10
+    assert "sigmoid loss" in (tmp_path / "sigmoid" / "README.md").read_text(encoding="utf-8")
+
+
+def test_a_run_without_heads_trains_is_loaded_and_searched(small_flags, sample, tmp_path):
+    train(small_flags(text_width=96, projection_dim=96, num_projection_layers=0, epochs=1))
+    loaded, _ = clip.load(tmp_path / "run", device="cpu")
+    matches = inference.find_matches(loaded, torch.eye(96)[:5], "a red circle", list("abcde"), n=2)
+    assert len(matches) == 2 and "one space of 96 dimensions" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+    with pytest.raises(UserError, match="nothing but the temperature is left to train"):
+        train(small_flags(text_width=96, projection_dim=96, num_projection_layers=0, freeze="both"))
+
+
 def test_plateau_factor_equals_torchs_scheduler():
     rsums = [10, 20, 19, 18, 17, 25, 24, 24, 23, 22, 21, 26]
     for patience in (0, 1, 2):
@@ -643,11 +685,18 @@ def small_flickr8k(shared, tmp_path):
 def test_the_validation_loss_is_that_of_first_captions_in_whole_batches():
     """Worked by hand: five images in batches of two leave the fifth out; equal embeddings give ln 2 in a batch."""
     head = torch.nn.Identity()
-    model = SimpleNamespace(image_projection=head, text_projection=head, logit_scale=torch.tensor(0.0))
+    model = SimpleNamespace(image_projection=head, text_projection=head, logit_scale=torch.tensor(0.0), logit_bias=None)
     I_f = torch.tensor([[1.0, 0], [0, 1], [1, 0], [1, 0], [0, 1]])
     T_f = torch.tensor([[1.0, 0], [0, 1], [0, 1], [1, 0], [1, 0], [0, 1]])  # the second caption is image 0's, too
-    loss = report.validation_loss(model, I_f, T_f, np.array([0, 0, 1, 2, 3, 4]), 2, "cpu")
+    image_of_text, config = np.array([0, 0, 1, 2, 3, 4]), SimpleNamespace(batch_size=2, loss="softmax")
+    loss = report.validation_loss(model, I_f, T_f, image_of_text, config, "cpu")
     assert loss == pytest.approx((math.log(1 + math.exp(-1)) + math.log(2)) / 2)
+    model.logit_bias, config.loss = torch.tensor(-1.0), "sigmoid"
+    # Logits without the bias: 1 and 0 for right and wrong pairs in the first batch, four times 1 in the second.
+    first = 2 * math.log(1 + math.exp(0)) + 2 * math.log(1 + math.exp(-1))
+    second = 2 * math.log(1 + math.exp(0)) + 2 * math.log(1 + math.exp(0))
+    loss = report.validation_loss(model, I_f, T_f, image_of_text, config, "cpu")
+    assert loss == pytest.approx((first / 2 + second / 2) / 2)
 
 
 def test_a_run_of_an_older_version_gets_new_columns_when_it_goes_on(tmp_path):

@@ -5,6 +5,7 @@ data.py            the training and validation split, and the loader of training
 distributed.py     training in several processes (torchrun)
 feature_cache.py   cache the outputs of frozen encoders
 gradient_cache.py  the gradient of a large batch, computed in micro-batches
+losses.py          the losses that --loss names, and the targets that --targets names
 model_card.py      the model card of a run
 optimization.py    the optimizer's parameter groups, and the learning rate schedule
 plan.py            what a run would do, for --dry-run

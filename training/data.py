@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Subset
 
 from captions import image_positions, load_captions, load_generated, mentions_left_or_right
 from config import SHAPES, generated_per_batch
-from dataset import CLIPDataset, PairSampler, collate
+from dataset import CLIPDataset, PairSampler, RepeatingSampler, collate
 from Datasets import flickr8k, shapes
 from embedding import activation_features, image_features, text_features, token_ids
 from training import distributed
@@ -62,7 +62,10 @@ def fetch_data(config, flickr8k_dir):
 
 
 def read_table(config):
-    """(table, image_dir, skipped) as `load_captions` gives them. Raises UserError where train or val has no image."""
+    """(table, image_dir, skipped) as `load_captions` gives them, with --train-images only so many of the training images.
+
+    Raises UserError where train or val has no image, or train fewer than that.
+    """
     table, image_dir, skipped = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
     for split, ending in (("train", "train"), ("val", "dev")):
         if split not in set(table["split"]):
@@ -70,6 +73,12 @@ def read_table(config):
                 f"{image_dir}: none of its images is in the {split} split; list their names in a file that ends in "
                 f"{ending}Images.txt, or use more images"
             )
+    names = table["image"][table["split"] == "train"].unique()
+    if config.train_images > len(names):
+        raise UserError(f"--train-images {config.train_images}: there are only {len(names)} training images in {image_dir}")
+    if config.train_images:
+        chosen = np.random.default_rng(config.seed).choice(names, config.train_images, replace=False)
+        table = table[(table["split"] != "train") | table["image"].isin(chosen)].reset_index(drop=True)
     return table, image_dir, skipped
 
 
@@ -125,7 +134,8 @@ def images_sharing_caption(split, generated):
 def train_loader(config, model, split, device):
     """A DataLoader of training batches. Its batch_sampler is a `PairSampler`, whose `steps` are the batches per epoch."""
     image_of_text = split.image_of_text
-    sampler = PairSampler(
+    sampler_class = PairSampler if config.unique_images else RepeatingSampler
+    sampler = sampler_class(
         captions_of=np.split(np.argsort(image_of_text, kind="stable"), np.bincount(image_of_text).cumsum()[:-1]),
         batch_size=config.batch_size,
         seed=config.seed,
@@ -135,7 +145,9 @@ def train_loader(config, model, split, device):
         ranks=(distributed.rank(), distributed.size()),
         captions_per_image=config.captions_per_image,
     )
-    no_flip = list(map(mentions_left_or_right, split.captions)) if config.hflip else None
+    no_flip = None
+    if config.hflip:
+        no_flip = [not config.flip_left_right and mentions_left_or_right(caption) for caption in split.captions]
     size, keys = model.image_encoder.size, (split.image_key, split.text_key)
     dataset = CLIPDataset(split.images, split.texts, size, config.crop, no_flip, *keys)
     return batch_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")

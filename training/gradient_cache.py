@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from training import distributed
+from training.losses import CLIP
 from utils.device import autocast
 
 
@@ -38,21 +39,23 @@ def embed(model, batch, device, dtype, seed):
     return F.normalize(I_e.float(), dim=1), F.normalize(T_e.float(), dim=1)
 
 
-def loss_and_gradients(I_e, T_e, logit_scale, rows, scaler):
-    """`clip.loss_over_captions` of the n images of all ranks, and the gradients of this rank's embeddings.
+def loss_and_gradients(I_e, T_e, ids, model, objective, rows, scaler):
+    """The loss of the n images of all ranks, and the gradients of this rank's embeddings.
 
-    I_e, T_e: this rank's, (m, d_e) and (k m, d_e), like the gradients. For each of the k captions, a rank computes its own
-    rows of the (n, n) logits, `rows` at a time. Adds the rank's part to logit_scale.grad.
+    I_e, T_e, ids: this rank's, (m, d_e), (k m, d_e) and (m,); the gradients are like the first two. objective: with the default
+    it is `clip.loss_over_captions`. For each of the k captions, a rank computes its own rows of the (n, n) logits, `rows` at a
+    time. Adds the rank's part to the .grad of the model's logit_scale and logit_bias.
     """
     num_local, k = len(I_e), len(T_e) // len(I_e)
     start = sum(distributed.gather_counts(num_local)[: distributed.rank()])
     I_e, T_e = (distributed.all_gather(embeddings).requires_grad_() for embeddings in (I_e, T_e))
+    ids, scale = distributed.all_gather(ids), model.logit_scale
     n, total = len(I_e), torch.zeros((), device=I_e.device)
     for row in torch.arange(start, start + num_local, device=I_e.device).split(rows):
         for T_k in T_e.unflatten(0, (n, k)).unbind(1):  # (n, d_e)
-            loss_i = F.cross_entropy(logit_scale.exp() * I_e[row] @ T_k.T, row, reduction="sum")
-            loss_t = F.cross_entropy(logit_scale.exp() * T_k[row] @ I_e.T, row, reduction="sum")
-            loss = (loss_i + loss_t) / (2 * n * k)
+            targets = objective.rows_targets(row, ids, I_e, T_k, scale)
+            logits_i, logits_t = scale.exp() * I_e[row] @ T_k.T, scale.exp() * T_k[row] @ I_e.T
+            loss = objective.rows_loss(logits_i, logits_t, targets, model.logit_bias) / (n * k)
             scaler.scale(loss).backward()
             total = total + loss.detach()
     gradient_i = distributed.all_reduce_sum(I_e.grad)[start : start + num_local]
@@ -60,7 +63,7 @@ def loss_and_gradients(I_e, T_e, logit_scale, rows, scaler):
     return distributed.all_reduce_sum(total), gradient_i, gradient_t
 
 
-def backward(model, batches, seeds, device, dtype, scaler):
+def backward(model, batches, seeds, device, dtype, scaler, objective=CLIP):
     """Adds the gradient of one batch to the model's .grad and returns the loss, ().
 
     batches: an iterator over this rank's micro-batches, each a dict of `dataset.collate`. Unless there is only one, all are
@@ -68,15 +71,19 @@ def backward(model, batches, seeds, device, dtype, scaler):
     passes draw the same masks. BatchNorm layers in training mode normalise each micro-batch with its own statistics in both
     passes, and update their running statistics once.
     """
-    if len(seeds) == 1:
-        embedded = [embed(model, next(batches), device, dtype, seeds[0])]
-    else:
-        with torch.no_grad(), frozen_batch_norm_statistics(model):
-            embedded = [embed(model, next(batches), device, dtype, seed) for seed in seeds]
+    embedded, ids, once = [], [], len(seeds) == 1
+    with contextlib.ExitStack() as stack:
+        if not once:
+            stack.enter_context(torch.no_grad())
+            stack.enter_context(frozen_batch_norm_statistics(model))
+        for seed, batch in zip(seeds, batches):
+            embedded.append(embed(model, batch, device, dtype, seed))
+            ids.append(batch["image_id"])
     rows = max(len(I_e) for I_e, _ in embedded)
     I_e, T_e = (torch.cat(embeddings).detach() for embeddings in zip(*embedded))
-    loss, gradient_i, gradient_t = loss_and_gradients(I_e, T_e, model.logit_scale, rows, scaler)
-    if len(seeds) == 1:
+    ids = torch.cat(ids).to(I_e.device)
+    loss, gradient_i, gradient_t = loss_and_gradients(I_e, T_e, ids, model, objective, rows, scaler)
+    if once:
         torch.autograd.backward(embedded[0], [gradient_i, gradient_t])
     else:
         k = len(T_e) // len(I_e)

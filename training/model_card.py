@@ -13,8 +13,8 @@ tags: [clip, image-text-retrieval]
 
 # CLIP: {image} and {text}
 
-An image encoder and a text encoder that embed pictures and captions in one space of {width} dimensions, trained with the
-symmetric contrastive loss of Radford et al. 2021 (arXiv:2103.00020).
+An image encoder and a text encoder that embed pictures and captions in one space of {width} dimensions, trained with
+{loss}.
 
 ## Data
 
@@ -27,7 +27,7 @@ input is the centre crop of each picture, {size} x {size} pixels.
 - Text: `{text}`, weights {text_weights}, {text_trained}, pooled over {pooling}. Licence of the weights it started from:
   {text_licence}.
 
-{epochs} epochs with a batch size of {batch_size} pairs, seed {seed}; the weights are those of the best epoch on the validation
+{length} with a batch size of {batch_size} pairs, seed {seed}; the weights are those of the best epoch on the validation
 images. `config.json` has all settings.
 
 ## Results
@@ -52,6 +52,16 @@ people, and it repeats the errors and biases of its data and of the weights it s
 """
 
 
+SOFTMAX = "the symmetric contrastive loss of Radford et al. 2021 (arXiv:2103.00020)"
+LOSSES = {
+    "softmax": SOFTMAX,
+    "image": f"the image side of {SOFTMAX}",
+    "text": f"the text side of {SOFTMAX}",
+    "sigmoid": "the sigmoid loss of Zhai et al. 2023 (arXiv:2303.15343)",
+    "bce": "the mean binary cross-entropy over all pairs of a batch",
+}
+
+
 def write_card(run_dir, config, model, splits, scores):
     """Writes RUN_DIR/README.md.
 
@@ -67,7 +77,7 @@ def write_card(run_dir, config, model, splits, scores):
     text = CARD.format(
         image=config.image_encoder,
         text=last_part(config.text_encoder),
-        width=model.image_projection.projection.out_features,
+        width=model.image_projection.out_features,
         train=len(splits["train"].names),
         train_captions=len(splits["train"].captions),
         val=len(splits["val"].names),
@@ -80,7 +90,8 @@ def write_card(run_dir, config, model, splits, scores):
         image_licence=none if config.image_weights == "random" else licence,
         text_licence=none if config.text_weights == "random" else "see their source",
         pooling={"first": "the first token", "mean": "all tokens", "last": "the last token"}[model.text_encoder.pooling],
-        epochs=config.epochs,
+        loss=LOSSES[config.loss],
+        length=f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         batch_size=config.batch_size,
         seed=config.seed,
         chance=100 / len(splits["val"].names),

@@ -92,7 +92,8 @@ def describe_steps(config, num_train):
     texts = []
     for name, stage in stages:
         steps = num_train // real_per_batch(stage)
-        texts.append(f"{name}{stage.epochs} epochs of {steps} steps of {stage.batch_size} images")
+        in_all = f"{stage.steps} in all " if stage.steps else f"{stage.epochs} epochs of {steps} steps "
+        texts.append(f"{name}{in_all}of {stage.batch_size} images")
     return "; ".join(texts)
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from clip import contrastive_loss
 from config import generated_per_batch
 from embedding import project_and_normalize, text_features, token_ids
 from evaluation.retrieval import recall_table, score
 from training import distributed
 from training.checkpoint import PREVIOUS
 from training.data import split_features
+from training.losses import SIDES, Objective
 from training.model_card import write_card
 from utils.images import center_crop
 from utils.plots import draw_curves, draw_generated, draw_matches, draw_similarity
@@ -20,15 +20,15 @@ NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.p
 NUM_GENERATED = 8  # in generated.png
 
 
-def validate(model, split, batch_size, device, dtype):
+def validate(model, split, config, device, dtype):
     """Recall on a split, as `evaluation.retrieval.recall` gives it, and its "loss", in batches as in training."""
     I_f, T_f = split_features(model, split, device, dtype)
-    loss = validation_loss(model, I_f, T_f, split.image_of_text, batch_size, device)
+    loss = validation_loss(model, I_f, T_f, split.image_of_text, config, device)
     return score(model, I_f, T_f, split.image_of_text, device) | {"loss": loss}
 
 
-def validation_loss(model, I_f, T_f, image_of_text, batch_size, device):
-    """The mean loss of images, each with its first caption, in batches of their order.
+def validation_loss(model, I_f, T_f, image_of_text, config, device):
+    """The mean loss of images, each with its first caption, in batches of their order; right is the image's own caption.
 
     I_f: (n, d_i). T_f: (m, d_t). A last, smaller batch is left out, as it would be easier; with fewer than batch_size images
     there is one batch of all. Nothing is random, so training goes on as it would without this.
@@ -36,9 +36,10 @@ def validation_loss(model, I_f, T_f, image_of_text, batch_size, device):
     _, first_captions = np.unique(image_of_text, return_index=True)
     I_e = project_and_normalize(model.image_projection, I_f, device)
     T_e = project_and_normalize(model.text_projection, T_f[first_captions], device)
-    n, scale = min(batch_size, len(I_e)), model.logit_scale.exp().item()
+    n, objective = min(config.batch_size, len(I_e)), Objective(config.loss)
+    scale, bias = (value if value is None else value.detach().cpu() for value in (model.logit_scale, model.logit_bias))
     batches = [slice(start, start + n) for start in range(0, len(I_e) - n + 1, n)]
-    return float(np.mean([contrastive_loss(scale * I_e[rows] @ T_e[rows].T).item() for rows in batches]))
+    return float(np.mean([objective.batch_loss(I_e[rows], T_e[rows], scale, bias).item() for rows in batches]))
 
 
 def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
@@ -56,7 +57,10 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
 
 def history_row(state, trained, scores, seconds):
     """A row of history.csv. trained: what `train_epoch` gives; scores: what `validate` gives."""
-    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "chance_loss": math.log(state.config.batch_size)}
+    chance = (
+        math.log(state.config.batch_size) if state.config.loss in SIDES else math.nan
+    )  # others have a bias or another scale
+    row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "chance_loss": chance}
     row |= {"val_loss": scores["loss"], "temperature": math.exp(-state.model.logit_scale.item())}
     row["lr_scale"] = trained["lr_scale"]
     for direction in ("image_to_text", "text_to_image"):
@@ -69,9 +73,10 @@ def print_epoch(row, epochs, best):
     recalls = [
         "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
     ]
-    skipped = row["skipped_steps"]
+    skipped, chance = row["skipped_steps"], row["chance_loss"]
+    chance = "" if math.isnan(chance) else f" (chance {chance:.3f})"
     print(
-        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  loss {row['loss']:.3f} (chance {row['chance_loss']:.3f})  "
+        f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  loss {row['loss']:.3f}{chance}  "
         f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
         f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s"
         + (f"  skipped: {skipped} steps whose gradients were not finite in fp16" if skipped else ""),

@@ -13,6 +13,7 @@ from encoders.tokenizer import read_tokenizer
 from generation.joint import Joint
 from training import distributed
 from training.checkpoint import load_latest, load_optimizer, write_checkpoint, write_history
+from training.losses import Objective
 from training.optimization import create_optimizer, parameter_groups
 from utils.cache import cache_key, tensors_key
 from utils.errors import UserError
@@ -32,6 +33,10 @@ class TrainState:
     frozen_key: str  # hash of the frozen weights, likewise
     history: list = field(default_factory=list)  # a row for each finished epoch
     losses: list = field(default_factory=list)  # of each step of the current epoch: (2,), CLIP's loss and the total
+
+    @property
+    def objective(self):
+        return Objective(self.config.loss, self.config.targets)
 
     @property
     def scored_model(self):

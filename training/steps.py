@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from clip import MAX_LOGIT_SCALE, loss_over_captions
 from training import distributed, gradient_cache
+from training.losses import CLIP
 from training.optimization import lr_scale
 from utils.device import autocast
 from utils.errors import UserError, exit_terminated
@@ -29,22 +30,23 @@ def train_epoch(state, loader, device, dtype, terminated):
     set_train_mode(model)
     state.losses = [losses.to(device) for losses in state.losses]
     sampler.epoch, sampler.start = len(state.history), len(state.losses)
-    steps = state.config.epochs * sampler.steps
-    scales = [lr_scale(sampler.epoch * sampler.steps + step, steps, state.config, state.rsums) for step in range(sampler.steps)]
+    done, total = sampler.epoch * sampler.steps, state.config.steps or state.config.epochs * sampler.steps
+    steps = min(sampler.steps, total - done)  # the last epoch of --steps may be shorter
+    scales = [lr_scale(done + step, total, state.config, state.rsums) for step in range(steps)]
     desc, batches = f"epoch {sampler.epoch + 1}", iter(loader)
-    progress = tqdm(range(sampler.start, sampler.steps), desc=desc, leave=False, disable=None)
+    progress = tqdm(range(sampler.start, steps), desc=desc, leave=False, disable=None)
     for step in progress:
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * scales[step]
         state.optimizer.zero_grad(set_to_none=True)
         seeds = np.random.default_rng([sampler.seed, sampler.epoch, step]).integers(2**31, size=sampler.parts).tolist()
-        if sampler.parts > 1:
+        if sampler.parts > 1 or state.objective != CLIP:
             losses = gradient_cached_step(state, batches, [seeds[part] for part in sampler.local_parts], device, dtype)
         else:
             losses = plain_step(state, next(batches), seeds[0], device, dtype)
         skipped = update_weights(state)
         state.losses.append(losses * (math.nan if skipped else 1.0))
-        if step % CHECK_EVERY == 0 or step == sampler.steps - 1 or skipped:
+        if step % CHECK_EVERY == 0 or step == steps - 1 or skipped:
             recent = torch.stack(state.losses[-CHECK_EVERY:])
             refuse_infinite_loss(recent, state.scaler, f"{desc}, step {step + 1}")
             progress.set_postfix(loss=f"{recent[:, 0].nanmean():.3f}")
@@ -77,8 +79,8 @@ def plain_step(state, batch, seed, device, dtype):
 
 
 def gradient_cached_step(state, batches, seeds, device, dtype):
-    """As `plain_step`, in micro-batches, several processes, or both, with the gradient of the whole batch."""
-    loss = gradient_cache.backward(state.model, batches, seeds, device, dtype, state.scaler)
+    """As `plain_step`, in micro-batches or several processes, with the gradient of the whole batch; and for other losses."""
+    loss = gradient_cache.backward(state.model, batches, seeds, device, dtype, state.scaler, state.objective)
     distributed.all_reduce_gradients(state.model)
     distributed.average_batch_norm_statistics(state.model)
     return torch.stack([loss, loss]).detach()

@@ -38,7 +38,8 @@ def draw_curves(history, path):
     left.plot(epochs, [row["loss"] for row in history], color=DARK, label="training loss")
     if any("val_loss" in row for row in history):
         left.plot(epochs, [row.get("val_loss", np.nan) for row in history], color="#d2691e", label="validation loss")
-    left.plot(epochs, [row["chance_loss"] for row in history], "--", color=GREY, label="ln(batch): chance")
+    if np.isfinite(history[0]["chance_loss"]):  # which the losses over single pairs do not have
+        left.plot(epochs, [row["chance_loss"] for row in history], "--", color=GREY, label="ln(batch): chance")
     left.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     left.legend(frameon=False)
     middle.plot(epochs, [row["temperature"] for row in history], color=DARK)
@@ -143,6 +144,55 @@ def draw_generated(title, captions, real, generated, path):
         draw_row(axes[2 * row + 1], generated[chosen], [""] * columns)
         axes[2 * row, 0].set_ylabel("real", fontsize=12)
         axes[2 * row + 1, 0].set_ylabel("generated", fontsize=12)
+    save(figure, path)
+
+
+def draw_bars(names, values, deviations, label, path):
+    """A horizontal bar per name, with a line of one standard deviation to either side where it is not 0."""
+    figure, axes = plt.subplots(figsize=(7, 0.42 * len(names) + 1.1), layout="constrained")
+    error = deviations if any(deviations) else None
+    axes.barh(range(len(names)), values, color="#8a8a8a", xerr=error, error_kw={"elinewidth": 1.5, "capsize": 3})
+    for row, (value, deviation) in enumerate(zip(values, deviations)):
+        axes.text(value + deviation, row, f"  {value:.4g}", va="center", fontsize=9, color=DARK)
+    axes.set_yticks(range(len(names)), [textwrap.fill(name, 44) for name in names], fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def draw_points(names, xs, ys, xlabel, ylabel, path):
+    """A named point per (mean, standard deviation) in xs and ys, with lines of one deviation."""
+    figure, axes = plt.subplots(figsize=(7, 4.4), layout="constrained")
+    for number, (name, (x, dx), (y, dy)) in enumerate(zip(names, xs, ys)):
+        axes.errorbar(x, y, xerr=dx or None, yerr=dy or None, fmt="o", color=DARK, markersize=5, elinewidth=1, capsize=2)
+        axes.annotate(name, (x, y), xytext=(7, -13 if number % 2 else 5), textcoords="offset points", fontsize=9)
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel(ylabel)
+    axes.margins(x=0.25, y=0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def draw_lines(panels, xlabel, ylabel, path):
+    """Small panels of the same scale side by side. panels: {title: {line: (xs, ys)}}, two lines at most."""
+    columns = min(4, len(panels))
+    rows = int(np.ceil(len(panels) / columns))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(2.7 * columns, 2.3 * rows), squeeze=False, layout="constrained", sharey=True
+    )
+    for axis, (title, lines) in zip(axes.flat, panels.items()):
+        for (name, (xs, ys)), style in zip(lines.items(), ("-", "--")):
+            axis.plot(xs, ys, style, color="black", linewidth=1.4, label=name)
+        axis.set_title(textwrap.fill(title, 26), fontsize=9)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(ylabel)
+    for axis in axes[-1]:
+        axis.set_xlabel(xlabel)
+    axes[0, 0].legend(frameon=False, fontsize=8)
     save(figure, path)
 
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import clip
+from Datasets import shapes
 from evaluation.sts import correlations, read_pairs
 from utils.errors import UserError
 
@@ -85,3 +86,24 @@ def test_the_command_correlates_cosines_with_scores(run, tmp_path, evaluate_here
         assert row["spearman"] == pytest.approx(expected[-1], abs=1e-3)
         assert row["pearson"] == pytest.approx(100 * scipy.stats.pearsonr(people, cosines.numpy()).statistic, abs=1e-3)
     assert scores["average"]["spearman"] == pytest.approx(np.mean(expected), abs=1e-3)
+
+
+def test_drawn_pairs_are_rated_by_what_they_share():
+    """Read back from the words: each trait's synonyms name one value, so equal values can be counted."""
+    values = {"color": {k: v[0] for k, v in shapes.COLORS.items()}, "shape": shapes.SHAPES, "cell": shapes.PLACES}
+    values["size"] = {name: words for name, (words, _) in shapes.SIZES.items()}
+    pairs = shapes.rated_pairs(300)
+
+    def read(caption):
+        padded = f" {caption} "
+        found = {}
+        for trait, names in values.items():
+            hits = [(len(word), name) for name, words in names.items() for word in words if f" {word} " in padded]
+            found[trait] = max(hits)[1]  # "in the middle of the top edge" also has "in the middle"
+        return found
+
+    for rating, *captions in pairs:
+        first, second = map(read, captions)
+        assert rating == 1 + sum(first[trait] == second[trait] for trait in values)
+    assert {rating for rating, *_ in pairs} == {1, 2, 3, 4, 5}
+    assert pairs[:20] == shapes.rated_pairs(20) != shapes.rated_pairs(20, seed=1)

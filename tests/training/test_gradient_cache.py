@@ -30,8 +30,9 @@ def micro_batches():
     torch.manual_seed(1)
     image = torch.randint(256, (N, 3, 64, 64), dtype=torch.uint8)
     text, mask = torch.randint(1, 60, (N, 9)), torch.ones(N, 9, dtype=torch.long)
-    parts = zip(image.split(MICRO), text.split(MICRO), mask.split(MICRO))
-    return [{"image": image, "text": text, "attention_mask": mask} for image, text, mask in parts]
+    parts = zip(image.split(MICRO), text.split(MICRO), mask.split(MICRO), (torch.arange(N) // 2).split(MICRO))
+    names = "image", "text", "attention_mask", "image_id"
+    return [dict(zip(names, part)) for part in parts]
 
 
 def gradient(model):

@@ -1,0 +1,149 @@
+"""A lesson, the trainings that it asks for, and the processes that run them."""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import torch
+
+import main
+from config import PRESETS, Config, resolve_defaults, validate
+from Datasets import shapes
+from experiments.materials import make_materials, material_settings
+from experiments.measures import MEASURES, Trained
+from training.data import fetch_data
+from utils.cache import cache_key
+from utils.errors import UserError, to_user_error
+from utils.files import write_json
+
+MATERIALS = ("seen_pairs", "pretrained", "generated")  # of a variant that are no settings; see experiments.materials
+QUICK = {"train_images": 600, "batch_size": 128, "epochs": 1}
+HISTORY = ["epoch", "loss", "val_loss", "temperature", "rsum"]  # columns of history.csv that a result keeps
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A question, what one may expect, and the trainings that answer it."""
+
+    question: str
+    hypothesis: str
+    variants: dict  # name: changes of the preset's Config, and materials
+    measures: tuple  # names of experiments.measures.MEASURES
+    minutes: int  # for one seed, on two CPU cores
+    preset: str = "shapes"
+    base: dict = field(default_factory=dict)  # changes for all variants on the drawn sample
+    quick: dict = field(default_factory=lambda: dict(QUICK))  # further changes with --quick
+    photographs: bool = False  # whether --data-dir may name photographs
+    timed: bool = False  # seconds are compared: one training at a time, each with a cache of its own
+    plot: Literal["bars", "points", "losses"] = "bars"  # the first measure; it against the second; the losses of each epoch
+
+
+@dataclass(frozen=True)
+class Job:
+    """One variant with one seed. folder: of the run and of what was measured."""
+
+    variant: str
+    seed: int
+    config: Config
+    materials: dict
+    measures: tuple
+    classes_dir: Path
+    folder: Path
+
+    @property
+    def key(self):
+        """Changes with anything that changes the result."""
+        places = {"run_dir": "", "cache_dir": ""}
+        return cache_key(dataclasses.asdict(replace(self.config, **places)), self.measures, self.materials)
+
+    def result(self):
+        """What was measured, {"key", "measured", "history"}, or None where it was not, or with other settings."""
+        try:
+            result = json.loads((self.folder / "result.json").read_text(encoding="utf-8"))
+            return result if result["key"] == self.key else None
+        except (OSError, ValueError, KeyError):
+            return None
+
+
+def make_jobs(lesson, preset, given, seeds, output, quick):
+    """A Job for each seed and variant. given: changes of the Config from the command line."""
+    base = {} if "data_dir" in given else lesson.base
+    jobs = []
+    for seed in seeds:
+        for number, (name, changes) in enumerate(lesson.variants.items()):
+            settings = changes | (lesson.quick if quick else {})
+            materials = {key: settings.pop(key) for key in MATERIALS if key in settings}
+            folder = output / "runs" / f"{number:02}-seed-{seed}"
+            places = {"run_dir": str(folder / "run")} | ({"cache_dir": str(folder / "cache")} if lesson.timed else {})
+            config = replace(PRESETS[preset], **base | {"seed": seed} | places | given | settings)
+            config = replace(config, **material_settings(materials, config, output, quick))
+            config = resolve_defaults(config)
+            validate(config)
+            jobs.append(Job(name, seed, config, materials, lesson.measures, output / "classes", folder))
+    return jobs
+
+
+def run_job(job):
+    """Trains a Job's variant and measures it, in a process of the pool. Returns seconds."""
+    started = time.perf_counter()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "log.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        try:
+            model = main.train(job.config)
+        except RuntimeError as error:
+            raise to_user_error(error, job.config) from None
+        seconds = time.perf_counter() - started
+        history = pd.read_csv(Path(job.config.run_dir) / "history.csv")
+        seen = job.materials.get("seen_pairs", shapes.MAX_SEEN)
+        trained = Trained(model, job.config, history, seconds, job.classes_dir, seen)
+        measured = {name: float(MEASURES[name](trained)) for name in job.measures}
+    write_json(job.folder / "result.json", {"key": job.key, "measured": measured, "history": history[HISTORY].to_dict("list")})
+    return seconds
+
+
+def start_worker(threads):
+    """Makes a process of the pool use so many threads, and end at Ctrl-C instead of going on with the next job."""
+    torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def train_all(jobs, workers):
+    """Runs jobs in a pool of processes, each with its share of the cores, and prints a line for each that has ended."""
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    spawn = multiprocessing.get_context("spawn")  # forking a process whose libraries have threads is not safe
+    pool = concurrent.futures.ProcessPoolExecutor(workers, spawn, start_worker, (threads,))
+    try:
+        waiting = {pool.submit(run_job, job): job for job in jobs}
+        for number, future in enumerate(concurrent.futures.as_completed(waiting), start=1):
+            job, seconds = waiting[future], future.result()
+            first = job.measures[0]
+            value = job.result()["measured"][first]
+            print(f"{number}/{len(jobs)}  {job.variant}, seed {job.seed}: {first} {value:.4g}, {seconds:.0f} s", flush=True)
+    except BrokenProcessPool:
+        where = jobs[0].folder.parent
+        raise UserError(f"{where}: a training was killed, for lack of memory perhaps; run the lesson again to go on") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def prepare(jobs, output, quick):
+    """Draws the sample, and makes the materials of jobs, before the pool starts, so that no two processes do it.
+
+    What that prints goes into materials.txt.
+    """
+    for job in jobs:
+        if "seen_pairs" not in job.materials:
+            fetch_data(job.config, None)
+    with open(output / "materials.txt", "w", encoding="utf-8") as log, contextlib.redirect_stdout(log):
+        for job in jobs:
+            make_materials(job, output, quick)
