@@ -252,7 +252,7 @@ def test_a_pretrained_folder_loads_with_its_tokenizer(tmp_path):
 def test_text_encoders_that_are_not_available_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere.*local folder"):
         pretrained_tokenizer("nowhere/at-all", max_length=16)
-    with pytest.raises(UserError, match="clip, mixer, distilbert, bert, gpt2"):
+    with pytest.raises(UserError, match="clip, mixer, cbow, distilbert, bert, gpt2"):
         text_encoder("no-such-type")
     (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "no-such-type"}))
