@@ -15,7 +15,7 @@ import tyro
 from measure import RESULTS, ROOT, report
 
 from config import run_cli
-from experiments.report import cell
+from experiments.report import table_rows
 from utils.errors import UserError, run_command
 
 
@@ -31,10 +31,7 @@ def take(names: tyro.conf.Positional[tuple[str, ...]], runs: Path = ROOT / "runs
         if not (folder / "results.json").exists():
             raise UserError(f"{folder}: no results.json is there; python lessons.py {name} writes it")
         result = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        rows = [
-            [variant, *(cell([run["measured"][measure] for run in trained]) for measure in result["measures"])]
-            for variant, trained in result["variants"].items()
-        ]
+        rows = table_rows(result["measures"], result["variants"])
         seeds = [run["seed"] for run in next(iter(result["variants"].values()))]
         columns, note = ["variant", *result["measures"]], "the mean of the seeds and, behind ±, their standard deviation"
         report(result["question"], columns, rows, RESULTS / f"lesson-{name}.json", seeds, note=note)

@@ -20,11 +20,14 @@ def cell(values):
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
 
 
+def table_rows(measures, results):
+    """The rows of a lesson's table. measures: names; results: {variant: a list with what was measured, per seed}."""
+    return [[name, *(cell([run["measured"][m] for run in runs]) for m in measures)] for name, runs in results.items()]
+
+
 def markdown(measures, results):
-    """The table of a lesson. measures: names; results: {variant: a list with what was measured, per seed}."""
-    rows = [["variant", *measures], ["---"] * (1 + len(measures))]
-    for variant, runs in results.items():
-        rows.append([variant, *(cell([run["measured"][name] for run in runs]) for name in measures)])
+    """The table of a lesson. measures, results: as for `table_rows`."""
+    rows = [["variant", *measures], ["---"] * (1 + len(measures)), *table_rows(measures, results)]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
