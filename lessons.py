@@ -62,7 +62,7 @@ LESSONS = {
         {f"{n:,}, equal epochs": {"batch_size": n} for n in BATCH_SIZES}
         | {f"{n:,}, 25 steps": {"batch_size": n, "steps": 25} for n in BATCH_SIZES}
         | {"1,024, 25 steps, in micro-batches of 128": {"batch_size": 1024, "steps": 25, "micro_batch_size": 128}},
-        (*RECALL, "seconds of the epochs"),
+        ("rsum, BatchNorm recomputed", *RECALL, "seconds of the epochs"),
         minutes=6,
         base=SHORT,
         quick={"epochs": 1, "steps": 1},
@@ -97,9 +97,12 @@ LESSONS = {
         "Why does validation loss rise while training loss falls?",
         "GPT-2's first token has seen no other word, so its feature says little; a temperature of 1 leaves the loss near "
         "chance; few images are overfit in any case.",
-        {f"{n:,} images, {cause}": {"train_images": n} | changes for n in (200, 6000) for cause, changes in CAUSES.items()},
+        {
+            f"{images:,} images, {cause}": {"train_images": images} | changes
+            for images, (cause, changes) in product((200, 1000, 6000), CAUSES.items())
+        },
         ("lowest validation loss", "last validation loss", "last training loss", "rsum"),
-        minutes=4,
+        minutes=6,
         preset="gpt2",
         base={"batch_size": 64, "steps": 250},
         quick={"steps": 8},

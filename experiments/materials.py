@@ -16,9 +16,9 @@ import GAN
 import main
 from config import SHAPES
 from Datasets import shapes
+from training.data import read_table
 
 PRETRAINING_SEEDS = {"image": 100, "text": 101}  # of the two runs, and of the sample that they see
-NUM_TRAIN = 6000  # training images of the sample
 GENERATOR_STEPS, MAX_GENERATOR_EPOCHS = 2250, 60
 
 
@@ -73,7 +73,8 @@ def generate(config, count, quick):
     run_dir = str(pictures.parent / "encoder")
     seed = config.seed if config.train_images else 0  # one generator of all images serves all seeds
     main.train(replace(config, extra_data="", run_dir=run_dir, seed=seed))
-    steps_per_epoch = (config.train_images or NUM_TRAIN) // GAN.GANConfig.batch_size
+    table, *_ = read_table(config)
+    steps_per_epoch = table["image"][table["split"] == "train"].nunique() // GAN.GANConfig.batch_size
     epochs = 1 if quick else min(MAX_GENERATOR_EPOCHS, GENERATOR_STEPS // steps_per_epoch)
     places = {"run_dir": str(pictures.parent / "generator"), "cache_dir": config.cache_dir, "output": str(pictures)}
     generator = GAN.GANConfig(run=run_dir, epochs=epochs, device=config.device, generate=count, **places)

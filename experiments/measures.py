@@ -1,5 +1,6 @@
 """What is measured on the model of a finished training."""
 
+import copy
 import statistics
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -7,17 +8,23 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.swa_utils import update_bn
 
+from captions import image_positions
 from config import Config
 from Datasets import shapes
-from embedding import file_features, project_and_normalize, text_features, token_ids
+from embedding import IMAGE_BATCH, file_features, project_and_normalize, text_features, token_ids
 from evaluation.geometry import alignment, uniformity
+from evaluation.retrieval import score
 from evaluation.sts import sts_scores
 from evaluation.twins import twin_scores
 from evaluation.zeroshot import class_accuracies
 from training.data import read_table
 from utils.device import pick_device, pick_dtype
+from utils.images import as_batch, center_crop, read_images
 
+NUM_BATCHNORM = 2048  # training pictures from which BatchNorm's statistics are computed again
 NUM_TWINS = 1000  # pairs of scenes
 NUM_RATED = 2000  # pairs of captions
 PROMPTS = ("a {} .", "a photo of a {} .", "a picture of a {} .", "a small {} .", "a large {} .")
@@ -57,6 +64,27 @@ class Trained:
         )
 
     @cached_property
+    def rsum_with_batchnorm_recomputed(self):
+        """rsum once BatchNorm's statistics, where they train, are those of training pictures under the final weights.
+
+        Its running statistics lag behind weights that took few steps.
+        """
+        model, (device, dtype) = copy.deepcopy(self.model).train(), self.device_and_dtype
+        frozen = self.config.freeze in ("image", "both")
+        if frozen or not any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
+            return self.best["rsum"]
+        table, image_dir, _ = read_table(self.config)
+        names, size = table["image"][table["split"] == "train"].unique()[:NUM_BATCHNORM], model.image_encoder.size
+        pictures = [center_crop(picture, size) for picture, _ in read_images([image_dir / name for name in names], size)]
+        batches = [as_batch(pictures[start : start + IMAGE_BATCH]) for start in range(0, len(pictures), IMAGE_BATCH)]
+        update_bn(batches, model.image_encoder, device)
+        rows = table[table["split"] == "val"]
+        names, image_of_text = image_positions(rows)
+        I_f, _ = file_features(model, [image_dir / name for name in names], device, dtype)
+        T_f = text_features(model, token_ids(model.tokenizer, rows["caption"]), device, dtype)
+        return score(model, I_f, T_f, image_of_text, device)["rsum"]
+
+    @cached_property
     def twins(self):
         return twin_scores(self.model, shapes.twin_pairs(NUM_TWINS), *self.device_and_dtype)
 
@@ -76,6 +104,7 @@ class Trained:
 
 MEASURES = {  # name: function of a Trained
     "rsum": lambda t: t.best["rsum"],
+    "rsum, BatchNorm recomputed": lambda t: t.rsum_with_batchnorm_recomputed,
     "R@1 text to image": lambda t: t.best["text_to_image_R@1"],
     "R@1 image to text": lambda t: t.best["image_to_text_R@1"],
     "last training loss": lambda t: t.history["loss"].iloc[-1],
