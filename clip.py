@@ -19,13 +19,13 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from captions import SPLITS
-from config import CONTEXT_LENGTH, OPENAI, PRESETS, is_openai, load_run, resolve_defaults, save_run, without_paths
+from config import CONTEXT_LENGTH, OPENAI, SUGGESTED, is_model_name, load_run, save_run, without_paths
 from encoders.build import load_pretrained, random_text_config
 from encoders.hub import from_hub
-from encoders.openai import load_openai
+from encoders.openclip import build_open_clip, load_open_clip
 from encoders.stages import run_from_stage
-from encoders.tokenizer import openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
-from modules import ImageEncoder, ProjectionHead, TextEncoder
+from encoders.tokenizer import CleaningTokenizer, openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
+from modules import ImageEncoder, OpenClipImageEncoder, OpenClipTextEncoder, ProjectionHead, TextEncoder
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -61,6 +61,7 @@ class CLIPModel(nn.Module, ModelHubMixin):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = None  # of the sigmoid loss
         self.tokenizer = tokenizer
+        self.open_clip = None  # the architecture of one of open_clip's models, `encoders.openclip`
         self.run_dir = None  # the folder that `load` read it from
 
     def save_pretrained(self, save_directory, **options):
@@ -175,8 +176,9 @@ def create_model(config, captions):
 
     Raises UserError for encoders that are not available.
     """
-    from_openai = config.image_encoder in OPENAI and config.image_weights != "random"
-    image_encoder = create_image_encoder(config, "random" if from_openai else config.image_weights)
+    if config.model:
+        return whole_model(config)
+    image_encoder = create_image_encoder(config, config.image_weights)
     if config.text_weights == "pretrained" and config.text_encoder != "clip":
         tokenizer = pretrained_tokenizer(config.text_encoder, config.max_length)
         text_model = load_pretrained(transformers.AutoModel, config.text_encoder, dtype=torch.float32)
@@ -191,17 +193,56 @@ def create_model(config, captions):
     text_encoder = TextEncoder(text_model, config.pooling, config.text_feature_layers)
     tokenizer.enable_truncation(min(config.max_length, text_encoder.max_length))
     model = build_clip(config, image_encoder, text_encoder, tokenizer)
-    if from_openai:
-        load_openai(model, config.image_encoder, config.image_weights, full_model=is_openai(config))
     set_scale_and_bias(model, config)
     return model
 
 
+def whole_model(config):
+    """The CLIPModel that a Config fine-tunes: one of open_clip's, or that of an earlier run."""
+    if is_model_name(config.model):
+        model = open_clip_model(*load_open_clip(config.model, config.size), config)
+    else:
+        model, _ = load(config.model, "cpu")
+        model.run_dir = None  # what is saved is another run
+    model.image_encoder.pretrained = not config.model.endswith("@random")
+    set_scale_and_bias(model, config)
+    return model
+
+
+def open_clip_model(parts, tokenizer, architecture, config=None):
+    """The CLIPModel of an `encoders.openclip.OpenClip`. Its heads are none, or linear ones that change nothing at first.
+
+    config: the run's, for its heads; without one there are none.
+    """
+    image_encoder, text_encoder = (
+        OpenClipImageEncoder(parts.visual, architecture),
+        OpenClipTextEncoder(parts.text, architecture),
+    )
+    layers = config.num_projection_layers if config else 0
+    dropouts = (config.dropout, config.image_feature_dropout, config.text_feature_dropout) if config else ()
+    model = CLIPModel(image_encoder, text_encoder, tokenizer, image_encoder.width, layers, *dropouts)
+    for head in (model.image_projection, model.text_projection):
+        if layers:
+            nn.init.eye_(head.projection.weight)
+    model.logit_scale.data.copy_(parts.logit_scale)
+    model.logit_bias = None if parts.logit_bias is None else nn.Parameter(parts.logit_bias)
+    model.open_clip = architecture
+    return model
+
+
+def settings_of_model(config, model):
+    """The Config with what the model decides: its loss, where that is auto, is the one that it was trained with."""
+    if config.loss != "auto":
+        return config
+    return replace(config, loss="softmax" if model.logit_bias is None else "sigmoid")
+
+
 def create_image_encoder(config, weights, size=0):
-    name, *_ = OPENAI.get(config.image_encoder, [config.image_encoder])
     sizes = config.patch_size, config.image_width, config.image_layers, config.image_heads
     stages = tuple(filter(None, config.image_feature_stages.split(",")))
-    return ImageEncoder(name, weights, size or config.size, sizes, stages, config.image_drop_path, config.fast_convolutions)
+    return ImageEncoder(
+        config.image_encoder, weights, size or config.size, sizes, stages, config.image_drop_path, config.fast_convolutions
+    )
 
 
 def build_clip(config, image_encoder, text_encoder, tokenizer):
@@ -219,7 +260,7 @@ def build_clip(config, image_encoder, text_encoder, tokenizer):
 
 def set_scale_and_bias(model, config):
     """The model's logit_scale and logit_bias as --loss and --temperature want them at the start."""
-    if config.loss == "sigmoid":  # initial values as in section 3.2 of Zhai et al. 2023
+    if config.loss == "sigmoid" and model.logit_bias is None:  # initial values as in section 3.2 of Zhai et al. 2023
         model.logit_scale.data.fill_(math.log(10))
         model.logit_bias = nn.Parameter(torch.tensor(-10.0))
     if config.temperature:
@@ -228,9 +269,12 @@ def set_scale_and_bias(model, config):
 
 
 def describe_encoders(model):
-    """Plain values from which `load` rebuilds the encoders without timm's or Hugging Face's weights."""
+    """Plain values from which `load` builds the encoders again, without anyone's weights."""
+    bias = {"bias": True} if model.logit_bias is not None else {}
+    if model.open_clip:
+        return {"open_clip": model.open_clip} | bias
     text = model.text_encoder.architecture["config"]
-    return {"image": {"size": model.image_encoder.size}, "text": text, "pooling": model.text_encoder.pooling}
+    return {"image": {"size": model.image_encoder.size}, "text": text, "pooling": model.text_encoder.pooling} | bias
 
 
 def save_weights(model, run_dir):
@@ -252,7 +296,9 @@ def load_weights(model, run_dir):
 
 
 def load(name, device="auto", jit=False):
-    """OpenAI's call: (model, preprocess) for a run folder or one of OpenAI's names; the model is in eval mode, in fp32.
+    """OpenAI's call: (model, preprocess) for a name; the model is in eval mode, in fp32.
+
+    name: a run folder, open_clip:MODEL@WEIGHTS, one of OpenAI's names, or USER/NAME of a run on a model hub.
 
     device: a torch device or its name; auto takes a GPU where there is one. jit: not supported by these encoders.
     preprocess maps a PIL image to (3, size, size) pixels; model.encode_image takes batches of them.
@@ -263,28 +309,41 @@ def load(name, device="auto", jit=False):
     global last_tokenizer
     if jit:
         raise UserError("clip.load(jit=True): TorchScript is not supported; use torch.compile(model)")
-    if name in OPENAI:
-        model = create_model(resolve_defaults(replace(PRESETS["openai"], image_encoder=name)), [])
+    if is_model_name(name):
+        model = open_clip_model(*load_open_clip(name))
     else:
-        name = name if Path(name).is_dir() else fetch(str(name))
-        run = load_run(name)
-        image_encoder = create_image_encoder(run["config"], "random", run["encoders"]["image"]["size"])
-        text_config = transformers.AutoConfig.for_model(**run["encoders"]["text"])
-        text_model = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
-        text_encoder = TextEncoder(text_model, run["encoders"]["pooling"], run["config"].text_feature_layers)
-        model = build_clip(run["config"], image_encoder, text_encoder, read_tokenizer(name))
-        set_scale_and_bias(model, run["config"])
-        load_weights(model, name)
-        model.run_dir = str(name)
+        model = load_from_folder(name if Path(name).is_dir() else fetch(str(name)))
     model.eval().to(pick_device(str(device)))
-    size = model.image_encoder.size
+    size, resize = model.image_encoder.size, model.image_encoder.resize
     last_tokenizer = model.tokenizer
 
     def preprocess(picture):
-        image = resize_image(np.asarray(picture.convert("RGB")), size)
+        image = resize_image(np.asarray(picture.convert("RGB")), size, resize)
         return torch.from_numpy(center_crop(image, size)).permute(2, 0, 1).float()
 
     return model, preprocess
+
+
+def load_from_folder(run_dir):
+    """The CLIPModel of a run folder. Raises UserError where it holds no usable run."""
+    run = load_run(run_dir)
+    config, encoders = run["config"], run["encoders"]
+    if "open_clip" in encoders:
+        architecture = encoders["open_clip"]
+        tokenizer = CleaningTokenizer(read_tokenizer(run_dir), architecture["clean"])
+        model = open_clip_model(build_open_clip(architecture), tokenizer, architecture, config)
+    else:
+        image_encoder = create_image_encoder(config, "random", encoders["image"]["size"])
+        text_config = transformers.AutoConfig.for_model(**encoders["text"])
+        text_model = transformers.AutoModel.from_config(text_config, dtype=torch.float32)
+        text_encoder = TextEncoder(text_model, encoders["pooling"], config.text_feature_layers)
+        model = build_clip(config, image_encoder, text_encoder, read_tokenizer(run_dir))
+    set_scale_and_bias(model, config)
+    if encoders.get("bias") and model.logit_bias is None:
+        model.logit_bias = nn.Parameter(torch.zeros(()))
+    load_weights(model, run_dir)
+    model.run_dir = str(run_dir)
+    return model
 
 
 def fetch(name):
@@ -301,8 +360,12 @@ def fetch(name):
 
 
 def available_models():
-    """OpenAI's call: the names that `load` takes, run folders under runs/ first."""
-    return sorted(path.parent.as_posix() for path in Path("runs").glob("*/model.safetensors")) + list(OPENAI)
+    """OpenAI's call: names that `load` takes: run folders under runs/, some of open_clip's models, and OpenAI's.
+
+    open_clip.list_pretrained() lists all (MODEL, WEIGHTS).
+    """
+    runs = sorted(path.parent.as_posix() for path in Path("runs").glob("*/model.safetensors"))
+    return [*runs, *SUGGESTED, *OPENAI]
 
 
 def tokenize(texts, context_length=CONTEXT_LENGTH, truncate=False):

@@ -16,8 +16,9 @@ from utils.cli import HELP, command_help, dataclass_flags, flag_lines, function_
 from utils.errors import UserError
 from utils.files import write_json
 
-Loss = Literal["softmax", "image", "text", "sigmoid", "bce"]
+Loss = Literal["auto", "softmax", "image", "text", "sigmoid", "bce"]
 Targets = Literal["pair", "image", "smooth", "soft"]
+Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 RUN_FORMAT = 3  # of a run folder's config.json; a folder of another format is refused
 
 
@@ -34,7 +35,8 @@ class Config:
     num_workers: int = 4  # processes that crop while the encoders compute, and threads that decode pictures
 
     # Encoders
-    image_encoder: str = "resnet50"  # timm name, OpenAI name (RN50, ViT-B/32), or vit, mixer, modified_resnet to be sized
+    model: str = ""  # a whole model to fine-tune: open_clip:MODEL@WEIGHTS, ViT-B/32 and the like, or a run folder
+    image_encoder: str = "resnet50"  # timm name, or vit, mixer, modified_resnet to be sized
     image_weights: str = "pretrained"  # pretrained (model hub), random, or a local weight file of that model
     size: int = 0  # height and width of the image encoder's input in pixels; 0: the encoder's own
     patch_size: int = 8  # height and width of a patch in pixels, for vit and mixer
@@ -56,7 +58,7 @@ class Config:
     cached_crops: int = 4  # random crops per training image that a frozen part sees; 1: its centre crop
 
     # Heads
-    projection_dim: int = 256  # width d_e of the joint embedding space; OpenAI's models have their own
+    projection_dim: int = 256  # width d_e of the joint embedding space; a whole model has its own
     num_projection_layers: Literal[0, 1, 2] = 1  # 0: none; 1: the paper's linear map; 2: with GELU, dropout, LayerNorm
     dropout: float = 0.1  # in the two-layer head
     image_feature_dropout: float = 0.5  # on the image features, before the head
@@ -70,17 +72,19 @@ class Config:
     unique_images: bool = True  # an image at most once per batch; no: batches drawn from all pairs of image and caption
     captions_per_image: int = 1  # captions sampled per image per step; the loss is the mean over them
     micro_batch_size: int = 0  # images that pass the encoders at once; fewer: less memory, same gradient; 0: all
-    loss: Loss = "softmax"  # softmax: CLIP's; image, text: one side of it; sigmoid: SigLIP's; bce: mean over n² pairs, no bias
+    loss: Loss = "auto"  # softmax: CLIP's; image, text: its sides; sigmoid: SigLIP's; bce: mean of n² pairs; auto: the model's
     targets: Targets = "pair"  # what is right: pair; image: all its captions; smooth: the pair mostly; soft: similar pairs, too
-    temperature: float = 0.0  # fixed, at least 0.01; 0: learned, from 0.07 (sigmoid: 0.1)
+    temperature: float = 0.0  # fixed, at least 0.01; 0: learned, from 0.07 (sigmoid: 0.1) or a whole model's own
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
     head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both encoders are frozen, else 1e-3
+    layer_decay: float = 1.0  # what an encoder's rate is multiplied by per layer, from its last layer down
     weight_decay: float = 1e-3  # AdamW's, on weight matrices only
     warmup: float = 0.05  # share of all steps over which the learning rates rise from 0
     schedule: Literal["cosine", "plateau"] = "cosine"  # how the learning rates fall after the warm-up
     patience: int = 1  # plateau: epochs to wait for a better rsum before lowering the rates
     factor: float = 0.8  # plateau: what the rates are then multiplied by
+    early_stop: int = 0  # epochs without a better rsum after which training ends; 0: it never does
     ema_decay: float = 0.0  # per step, of a moving average of the weights, which is then scored and kept; 0: none
     image_drop_path: float = 0.0  # stochastic depth: how often the last layer is skipped, earlier ones less often
     hflip: bool = False  # flip half of the training crops, but not if a caption says left or right
@@ -93,6 +97,14 @@ class Config:
     gan_weight: float = 1.0  # lambda, what the generator's loss is multiplied by, for --gan joint
     extra_fraction: float = 0.25  # share of each batch that is generated, with --extra-data or --gan joint
 
+    # Fine-tuning a whole model
+    lora_rank: int = 0  # train low-rank adapters of this rank instead of the encoders' weights; 0: the weights
+    keep_folder: str = ""  # folder with one subfolder of pictures per class, whose zero-shot accuracy is watched
+    keep_template: str = "a photo of a {}."  # prompt for --keep-folder, with {} in place of the class name
+    keep_data: str = ""  # folder of captioned pictures, whose recall is watched
+    wise_ft: bool = False  # mix the weights before and after training, and keep the best mixture (tradeoff.png)
+    wise_ft_share: float = 0.05  # largest share of the watched score before training that the mixture may lose
+
     # The run
     seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
     precision: Literal["auto", "fp32", "bf16", "fp16"] = (
@@ -104,6 +116,7 @@ class Config:
     run_dir: str = ""  # folder that the run writes; empty: runs/PRESET
     dry_run: bool = False  # only print what the run would do and take; write nothing
     resume: Literal["no", "yes", "auto"] = "no"  # go on in run_dir, with its settings and new rates if given; auto: if it can
+    report_to: tuple[Tracker, ...] = ()  # trackers that get each epoch's figures: tensorboard, wandb, mlflow, trackio
     save_every: int = 0  # steps between checkpoints within an epoch; 0: after each epoch only
     deterministic: bool = False  # the same weights from the same seed on CUDA too, for some speed; on a CPU they always are
 
@@ -117,29 +130,35 @@ RANGES = {  # (what a value must be, whether it is): settings
     "head_lr image_encoder_lr text_encoder_lr text_width text_layers text_heads vocab_size patch_size image_width image_layers "
     "image_heads",
     ("at least 0", lambda value: value >= 0): "epochs steps train_images batch_size micro_batch_size size num_workers "
-    "weight_decay patience seed save_every gan_weight",
+    "weight_decay patience seed save_every gan_weight early_stop lora_rank",
     ("at least 0 and below 1", lambda value: 0 <= value < 1): "dropout image_feature_dropout text_feature_dropout "
-    "image_drop_path warmup ema_decay",
-    ("above 0 and at most 1", lambda value: 0 < value <= 1): "crop factor",
+    "image_drop_path warmup ema_decay wise_ft_share",
+    ("above 0 and at most 1", lambda value: 0 < value <= 1): "crop factor layer_decay",
     ("0 or at least 0.01", lambda value: value == 0 or value >= 0.01): "temperature",
     ("above 0 and below 1", lambda value: 0 < value < 1): "extra_fraction",
 }
-FIXED_IN_A_RUN = (  # what defines the model and its input, which a resumed run keeps; no paths, as files may have moved
+ARCHITECTURE = (  # what defines the model
     *("image_encoder", "size", "patch_size", "image_width", "image_layers", "image_heads"),
-    *("text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
-    *("image_feature_stages", "text_feature_layers", "freeze", "image_unfreeze_from", "projection_dim"),
-    *("num_projection_layers", "gan", "seed", "loss", "temperature", "train_images", "steps"),
+    *("text_encoder", "text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
+    *("image_feature_stages", "text_feature_layers", "projection_dim", "num_projection_layers"),
 )
-OPENAI = {  # OpenAI's name: (timm's name of the image encoder, d_e, d_t); openai/CLIP clip/clip.py and the paper's table 20
-    "RN50": ("resnet50_clip", 1024, 512),
-    "RN101": ("resnet101_clip", 512, 512),
-    "RN50x4": ("resnet50x4_clip", 640, 640),
-    "RN50x16": ("resnet50x16_clip", 768, 768),
-    "RN50x64": ("resnet50x64_clip", 1024, 1024),
-    "ViT-B/32": ("vit_base_patch32_clip_quickgelu_224", 512, 512),
-    "ViT-B/16": ("vit_base_patch16_clip_quickgelu_224", 512, 512),
-    "ViT-L/14": ("vit_large_patch14_clip_quickgelu_224", 768, 768),
-    "ViT-L/14@336px": ("vit_large_patch14_clip_quickgelu_336", 768, 768),
+FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed run keeps; no paths, as files may have moved
+    *(name for name in ARCHITECTURE if name != "text_encoder"),
+    *("freeze", "image_unfreeze_from", "gan", "seed", "loss", "temperature", "train_images", "steps"),
+    *("model", "lora_rank", "layer_decay"),
+)
+OPEN_CLIP = "open_clip:"  # what the name of one of open_clip's models begins with
+OPENAI = {  # OpenAI's names of its models: what they are short for
+    name: f"{OPEN_CLIP}{name.replace('/', '-').replace('@336px', '-336')}-quickgelu@openai"
+    for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
+}
+SUGGESTED = {  # some of open_clip's models: (for whom, million parameters, published R@1 of Flickr30k from text to image)
+    "open_clip:MobileCLIP2-S0@dfndr2b": ("a laptop", "75", "-"),
+    "open_clip:ViT-B-32-256@datacomp_s34b_b86k": ("a laptop", "151", "64.9"),
+    "open_clip:ViT-B-16-SigLIP@webli": ("a free GPU", "203", "74.7"),
+    "open_clip:ViT-B-16-SigLIP2@webli": ("a free GPU", "375", "-"),
+    "open_clip:ViT-B-16-SigLIP-i18n-256@webli": ("a free GPU, many languages", "371", "72.2"),
+    "open_clip:ViT-SO400M-14-SigLIP-384@webli": ("a large GPU", "878", "83.0"),
 }
 CONTEXT_LENGTH = 77  # tokens that OpenAI's text encoders take
 SHAPES = Config(
@@ -237,15 +256,18 @@ PRESETS = {
         image_encoder_lr=3e-4,  # larger encoders, so smaller rates
         text_encoder_lr=5e-5,
     ),
-    "openai": Config(
-        run_dir="runs/openai",
-        image_encoder="ViT-B/32",
-        text_encoder="clip",
+    "open_clip": Config(  # rates of Goyal et al. 2022 (arXiv:2212.00638), not tried here on pretrained weights
+        run_dir="runs/open_clip",
+        model="open_clip:ViT-B-32-256@datacomp_s34b_b86k",
         image_feature_dropout=0.0,
         text_feature_dropout=0.0,
         image_encoder_lr=1e-5,
+        text_encoder_lr=1e-5,
         head_lr=1e-5,
         weight_decay=0.1,
+        warmup=0.1,
+        early_stop=3,
+        epochs=10,
     ),
     "shapes": SHAPES,
     "gpt2": replace(SHAPES, run_dir="runs/gpt2", text_encoder="gpt2", text_heads=8, text_encoder_lr=7e-4, epochs=28),
@@ -258,7 +280,7 @@ PRESET_NOTES = {  # what is trained, on what, minutes on two CPU cores (-: not m
     "best": ("fast, then last image stages and the text encoder", "Flickr8k", "45 to 56"),
     "fast-resnet50": ("fast, with the encoders of flickr8k", "Flickr8k", "-"),
     "best-resnet50": ("best, with the encoders of flickr8k", "Flickr8k", "-"),
-    "openai": ("fine-tunes one of OpenAI's models", "Flickr8k", "-"),
+    "open_clip": ("fine-tunes a pretrained CLIP or SigLIP, --model", "Flickr8k", "-"),
     "shapes": ("a small ResNet and a small DistilBERT", "drawn", "2"),
     "gpt2": ("the same with GPT-2 as text encoder", "drawn", "4"),
     "paper": ("the CLIP paper's ResNet and Transformer, small", "drawn", "7"),
@@ -271,9 +293,9 @@ DAILY_FLAGS = (  # those that --help shows
 )
 
 
-def is_openai(config):
-    """Whether the model has one of OpenAI's architectures; its weights may be random."""
-    return config.image_encoder in OPENAI and config.text_encoder == "clip"
+def is_model_name(name):
+    """Whether a name is that of one of open_clip's models, or OpenAI's name of one; else it is a run folder."""
+    return str(name).startswith(OPEN_CLIP) or name in OPENAI
 
 
 def parse_config(arguments, default_preset):
@@ -329,6 +351,10 @@ def main_help(preset, every_flag):
     lines = [f"usage: {USAGE}", "", "Trains CLIP on captioned pictures.", ""]
     lines += ["Presets (what is trained; on what; minutes on two CPU cores):", *notes]
     lines.append("-: not measured, needs a model hub. With no preset: flickr8k if its pictures are found, else shapes.")
+    if preset == "open_clip":
+        lines += ["", "Some models for --model (for whom; million parameters; published R@1 of Flickr30k, text to image):"]
+        lines += [f"  {name:43}{who:28}{millions:>5}{recall:>7}" for name, (who, millions, recall) in SUGGESTED.items()]
+        lines.append('All: python -c "import open_clip; print(*open_clip.list_pretrained(), sep=chr(10))"')
     flags = dataclass_flags(resolve_defaults(PRESETS[preset]))
     if every_flag:
         return "\n".join([*lines, "", f"All flags, with the values of the preset {preset}:", *flag_lines(flags)])
@@ -338,15 +364,17 @@ def main_help(preset, every_flag):
 
 
 def resolve_defaults(config):
-    """The Config with defaults filled in: epochs, batch size, head learning rate, and the sizes of OpenAI's models.
+    """The Config with defaults filled in: epochs, batch size and head learning rate, and the architecture of a whole model.
 
     Over cached features an epoch takes a fraction of a second and a step of 1000 pairs little memory, and heads alone
     bear a larger rate.
     """
-    if is_openai(config):
-        _, projection_dim, text_width = OPENAI[config.image_encoder]
-        config = replace(config, projection_dim=projection_dim, max_length=CONTEXT_LENGTH)
-        config = replace(config, text_width=text_width, text_layers=12, text_heads=text_width // 64)
+    if is_model_name(config.model):  # without heads of its own; frozen encoders get linear ones, else nothing could learn
+        layers = 1 if config.freeze == "both" else 0
+        config = replace(config, image_encoder=config.model, text_encoder="the same model's", num_projection_layers=layers)
+    elif config.model:
+        source = load_run(config.model)["config"]
+        config = replace(config, **{name: getattr(source, name) for name in ARCHITECTURE})
     epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
     return replace(
         config,
@@ -358,7 +386,7 @@ def resolve_defaults(config):
 
 def trains_heads_first(config):
     """Whether heads with random weights are first trained alone: on pretrained encoders that are not both frozen."""
-    new_heads = "random" not in (config.image_weights, config.text_weights) and not is_openai(config)
+    new_heads = "random" not in (config.image_weights, config.text_weights) and not config.model
     return config.heads_first and new_heads and config.freeze != "both" and config.num_projection_layers > 0
 
 
@@ -408,7 +436,7 @@ def validate(config):
 
 def rules(config):
     """What must not be set together: (whether it is, what to say)."""
-    c, openai = config, is_openai(config)
+    c = config
     cached, count = c.freezes("image") or bool(c.image_unfreeze_from), generated_per_batch(c)
     joint, generates = c.gan == "joint", bool(c.extra_data) or c.gan == "joint"
     yield c.batch_size == 1, "--batch-size 1: a single pair has no negatives; use 2 or more"
@@ -440,18 +468,16 @@ def rules(config):
     yield c.hflip and c.cached_crops == 1 and cached, "--hflip: --cached-crops 1 keeps centre crops only; keep 2 or more"
     compiled = "--compile: does not go with --image-unfreeze-from, which enters the encoder at a stage; leave one out"
     yield c.image_unfreeze_from and c.compile, compiled
-    yield (
-        c.text_encoder == "clip" and c.text_weights == "pretrained" and not openai,
-        (
-            f"--text-encoder clip: its weights are those of one of OpenAI's models, and {c.image_encoder} is none; "
-            f"pass --text-weights random, or --image-encoder {', '.join(OPENAI)}"
-        ),
-    )
-    both = "--image-weights, --text-weights: the encoders of OpenAI's model are both random, or neither is"
-    yield openai and (c.image_weights == "random") != (c.text_weights == "random"), both
-    layers = "--image-feature-stages, --text-feature-layers: OpenAI's heads take the last layer's features only"
-    more_features = c.image_feature_stages or openai and c.text_feature_layers > 1
-    yield c.image_encoder in OPENAI and c.image_weights != "random" and more_features, layers
+    clip_text = "--text-encoder clip: has no weights of its own; pass --text-weights random, or --model ViT-B/32"
+    yield c.text_encoder == "clip" and c.text_weights == "pretrained" and not c.model, clip_text
+    parts = "--model: brings both encoders; leave --image-feature-stages, --text-feature-layers and --image-unfreeze-from out"
+    yield c.model and (c.image_feature_stages or c.text_feature_layers > 1 or c.image_unfreeze_from), parts
+    fine_tuned = "--wise-ft, --lora-rank: are for a whole model; name one with --model"
+    yield (c.wise_ft or c.lora_rank) and not c.model, fine_tuned
+    yield c.wise_ft and not (c.keep_folder or c.keep_data), "--wise-ft: name what to keep, with --keep-folder or --keep-data"
+    yield c.keep_folder and c.keep_data, "--keep-folder, --keep-data: one score is watched; leave one out"
+    frozen = f"--lora-rank: trains both encoders; leave --freeze {c.freeze} out"
+    yield c.lora_rank and c.freeze != "none", frozen
     image_heads = f"--image-width {c.image_width}: must be a multiple of --image-heads {c.image_heads}"
     yield c.image_encoder == "vit" and c.image_width % c.image_heads, image_heads
     text_heads = f"--text-width {c.text_width}: must be a multiple of --text-heads {c.text_heads}"
@@ -461,11 +487,15 @@ def rules(config):
 def without_paths(config):
     """The Config with paths cut to their last part, for a copy of the run that leaves this machine."""
     places = ["data_dir", "image_path", "captions_path", "image_weights", "text_encoder", "extra_data", "run_dir", "cache_dir"]
+    places += ["model", "image_encoder", "keep_folder", "keep_data"]
     return replace(config, **{name: last_part(getattr(config, name)) for name in places})
 
 
 def last_part(name):
     """A path's last part; the name of a model on a hub, such as google-bert/bert-base-uncased, as it is."""
+    if name.startswith(OPEN_CLIP):
+        model, at, weights = name.partition("@")
+        return f"{model}{at}{Path(weights).name}"
     is_path = Path(name).is_absolute() or Path(name).exists() or name.startswith((".", "~"))
     return Path(name).name if is_path else name
 
@@ -483,7 +513,8 @@ def load_run(run_dir):
         saved = json.loads(path.read_text(encoding="utf-8"))
         if saved["format"] != RUN_FORMAT:
             raise UserError(f"{path}: format {saved['format']}, but this version reads {RUN_FORMAT}; train it again")
-        return {"config": Config(**saved["config"] | {"resume": "no"}), "encoders": saved["encoders"]}
+        settings = saved["config"] | {"resume": "no", "report_to": tuple(saved["config"].get("report_to", ()))}
+        return {"config": Config(**settings), "encoders": saved["encoders"]}
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:

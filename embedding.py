@@ -64,12 +64,17 @@ def activation_features(model, activations, device, dtype):
     return features
 
 
+def images_for(model, paths, num_workers):
+    """`utils.images.read_images` as the model's image encoder wants them."""
+    return read_images(paths, model.image_encoder.size, num_workers, model.image_encoder.resize)
+
+
 def file_embeddings(model, paths, device, dtype, num_workers=0):
     """Yields (position, embedding) per image file: L2-normalised, (d_e,), or None where it cannot be read; any order."""
     good, bad = deque(), deque()
 
     def pictures():
-        for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
+        for position, (picture, problem) in enumerate(images_for(model, paths, num_workers)):
             (bad if problem else good).append(position)
             if not problem:
                 yield picture
@@ -91,7 +96,7 @@ def file_features(model, paths, device, dtype, num_workers=0, skip_bad=False):
     bad = {}
 
     def pictures():
-        for position, (picture, problem) in enumerate(read_images(paths, model.image_encoder.size, num_workers)):
+        for position, (picture, problem) in enumerate(images_for(model, paths, num_workers)):
             if problem and not skip_bad:
                 raise UserError(f"{problem}; fix or remove it, or pass --skip-bad")
             if problem:

@@ -1,18 +1,18 @@
-"""Score a run: python evaluate.py retrieval|match|zeroshot|sts|twins --run RUN ...; leaks --data-dir DIR checks a data set."""
+"""Score runs: python evaluate.py retrieval|match|zeroshot|sts|twins|compare --run RUN ...; leaks --data-dir DIR checks data."""
 
 import re
 import sys
-from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
 import tyro
 
-from captions import SPLITS, image_positions, load_captions, training_images
-from config import OPENAI, load_run, run_cli
-from embedding import file_features, open_model, text_features, token_ids
+from config import run_cli
+from embedding import open_model
+from evaluation.compare import compare
 from evaluation.leaks import leaks
-from evaluation.retrieval import match_choices, recall, recall_table, similarities
+from evaluation.retrieval import match_choices, recall, recall_table
+from evaluation.splits import embed_rows, select_rows
 from evaluation.sts import sts
 from evaluation.twins import twins
 from evaluation.zeroshot import zeroshot
@@ -23,67 +23,6 @@ from utils.plots import draw_similarity
 
 NUM_PAIRS = 8  # images and captions in the figure that `match` draws
 DRAWN_PIXELS = 128  # height and width of each image in it
-
-
-def embed_split(run, data_paths, split, skip_bad, num_workers, device, precision):
-    """Embeds the images and captions of a split.
-
-    data_paths: (data_dir, image_path, captions_path); if all are empty, the data that the run was trained on.
-    Returns (similarity, image_of_text, captions, paths): the (m, n) cosines of m captions with n images, the (m,) index of each
-    caption's image, the m captions, and the paths of the n images.
-    Raises UserError if there is nothing to embed.
-    """
-    table, image_dir, num_skipped = select_rows(run, data_paths, split, skip_bad)
-    model, device, dtype = open_model(run, device, precision)
-    names, _ = image_positions(table)
-    I_f, bad = file_features(model, [image_dir / name for name in names], device, dtype, num_workers, skip_bad)
-    table = table[~table["image"].isin([names[position] for position in bad])]
-    names, image_of_text = image_positions(table)
-    captions = list(table["caption"])
-    T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
-    if num_skipped or bad:
-        print(f"left out: {num_skipped} rows, {len(bad)} pictures")
-    return similarities(model, I_f, T_f, device), image_of_text, captions, [image_dir / name for name in names]
-
-
-def select_rows(run, data_paths, split, skip_bad):
-    """The captions of a split; val and test without images that the run was trained on. run, data_paths: as for `embed_split`.
-
-    Returns (table, image_dir, number of unusable rows that were left out). Raises UserError if the table would be empty.
-    """
-    config = None if run in OPENAI else load_run(run)["config"]
-    own_data = not any(data_paths)
-    if own_data:
-        if not config:
-            raise UserError(f"--run {run}: has no data of its own; name a data set with --data-dir")
-        data_paths = config.data_dir, config.image_path, config.captions_path
-    table, image_dir, skipped = load_captions(*data_paths, skip_bad=skip_bad)
-    of_split = table if split == "all" else table[table["split"] == split]
-    if of_split.empty:
-        counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
-        raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all scores every image")
-    if config and split != "train":
-        of_split = without_training_images(run, of_split, split)
-    elif config and config.train_images and own_data:  # of this data the run saw these only
-        of_split = of_split[of_split["image"].isin(training_images(Path(run) / SPLITS, table))]
-    return of_split, image_dir, len(skipped)
-
-
-def without_training_images(run, table, split):
-    """A table without the images that a run was trained on, which would make the score too good. Prints how many.
-
-    With --split all they stay in. Raises UserError if no image remains.
-    """
-    trained = training_images(Path(run) / SPLITS, table)
-    if trained and split == "all":
-        print(f"{len(trained):,} of these images were trained on, so this is no score on new images")
-        return table
-    if trained:
-        print(f"left out: {len(trained):,} images of the {split} split, which this run was trained on")
-        table = table[~table["image"].isin(trained)]
-    if table.empty:
-        raise UserError(f"--split {split}: {run} was trained on all of these images; score it on other images")
-    return table
 
 
 def retrieval(
@@ -101,7 +40,7 @@ def retrieval(
     """Scores retrieval in both directions: R@1, R@5, R@10, median rank, and rsum, the sum of the six recalls (at most 600).
 
     Args:
-        run: run folder, or one of OpenAI's names
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
         data_dir: folder with Images/ and a captions file; empty: the data that the run was trained on
         image_path: folder of the images, if it is not in data_dir
         captions_path: captions file, if it is not in data_dir
@@ -113,7 +52,9 @@ def retrieval(
         json_path: file for the scores
     """
     data_paths = data_dir, image_path, captions_path
-    similarity, image_of_text, captions, paths = embed_split(run, data_paths, split, skip_bad, num_workers, device, precision)
+    rows = select_rows(run, data_paths, split, skip_bad)
+    opened = open_model(run, device, precision)
+    similarity, image_of_text, captions, paths = embed_rows(opened, rows, skip_bad, num_workers)
     scores = {"images": len(paths), "captions": len(captions)} | recall(similarity, image_of_text)
     chance = f"chance of R@1 from text to image {100 / len(paths):.2f}%"
     print(f"{split}: {len(paths):,} images, {len(captions):,} captions; {chance}")
@@ -140,7 +81,7 @@ def match(
     """Scores multiple choice: which of several captions is the image's own? Also draws a similarity matrix.
 
     Args:
-        run: run folder, or one of OpenAI's names
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
         data_dir: folder with Images/ and a captions file; empty: the data that the run was trained on
         image_path: folder of the images, if it is not in data_dir
         captions_path: captions file, if it is not in data_dir
@@ -157,7 +98,9 @@ def match(
     if choices < 2:
         raise UserError(f"--choices {choices}: must be 2 or more")
     data_paths = data_dir, image_path, captions_path
-    similarity, image_of_text, captions, paths = embed_split(run, data_paths, split, skip_bad, num_workers, device, precision)
+    rows = select_rows(run, data_paths, split, skip_bad)
+    opened = open_model(run, device, precision)
+    similarity, image_of_text, captions, paths = embed_rows(opened, rows, skip_bad, num_workers)
     if len(paths) < choices:
         raise UserError(f"--choices {choices}: there are only {len(paths)} images to take captions from")
     scores = match_choices(similarity, image_of_text, choices, seed)
@@ -174,13 +117,15 @@ def match(
         write_json(json_path, scores)
 
 
-TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "twins": twins, "leaks": leaks}
+TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "twins": twins, "compare": compare}
+TASKS |= {"leaks": leaks}
 EXAMPLES = {  # what to write behind python evaluate.py
     "retrieval": "retrieval --run runs/shapes --split test",
     "match": "match --run runs/shapes --choices 4",
     "zeroshot": "zeroshot --run runs/best --images FOLDER",
     "sts": "sts --run runs/best --file sts-test.csv",
     "twins": "twins --run runs/shapes",
+    "compare": "compare --run runs/shapes runs/paper",
     "leaks": "leaks --data-dir Datasets/shapes",
 }
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from config import run_cli
+from config import is_model_name, run_cli
 from embedding import open_model
 from search.export import export_onnx
 from search.gallery import open_gallery
@@ -209,7 +209,7 @@ def answer_classes(model, image, names, device, dtype):
 
 
 def write_onnx(run):
-    paths = export_onnx(open_model(run, "cpu", "fp32")[0], run)
+    paths = export_onnx(open_model(run, "cpu", "fp32")[0], Path() if is_model_name(run) else Path(run))
     print(f"written {' and '.join(map(str, paths))}")
 
 
@@ -221,7 +221,8 @@ def write_answer(json_path, answer):
 def heat_map(model, embedding, device, dtype, path):
     """The centre crop of a picture, with a heat map over it of what matches a query's embedding, (d_e,)."""
     size = model.image_encoder.size
-    heat = occlusion_map(model, center_crop(read_image(path, size), size), embedding, device, dtype)
+    picture = center_crop(read_image(path, size, model.image_encoder.resize), size)
+    heat = occlusion_map(model, picture, embedding, device, dtype)
     return overlay(center_crop(read_image(path, GRID_PIXELS), GRID_PIXELS), heat)
 
 

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from clip import create_model, load_weights, save_weights
+from clip import create_model, load_weights, save_weights, settings_of_model
 from config import heads_config, parse_config, trains_heads_first
 from Datasets import flickr8k
 from encoders.stages import unfreeze_from
 from training import distributed
+from training.adapters import add_adapters, describe_adapters, merge_adapters
 from training.checkpoint import (
-    best_rsum,
     has_checkpoint,
     lock_run_dir,
     refuse_other_settings,
@@ -26,10 +26,13 @@ from training.checkpoint import (
 )
 from training.data import fetch_data, load_splits, read_table, train_loader
 from training.feature_cache import activation_bytes, freeze_encoders
-from training.plan import print_plan
+from training.keeping import TRADEOFF, keep_best_mixture, kept_score, score_start
+from training.optimization import is_stale
+from training.plan import print_plan, warn_of_memory
 from training.report import draw_generated_pictures, history_row, print_epoch, print_setup, validate, write_report
 from training.state import create_state
 from training.steps import train_epoch
+from training.trackers import Trackers
 from utils.cache import cache_line, note_use
 from utils.device import make_deterministic, pick_device, pick_dtype, speed_up_cpu
 from utils.errors import UserError, at_sigterm, exit_terminated, run_command, to_user_error
@@ -42,6 +45,7 @@ def train(config):
     run_dir = Path(config.run_dir)
     table, image_dir, skipped = read_table(config)
     model = create_model(config, table["caption"][table["split"] == "train"])
+    config = settings_of_model(config, model)
     if config.image_unfreeze_from:
         unfreeze_from(model.image_encoder, config.image_unfreeze_from)
     with distributed.main_process_first():
@@ -61,33 +65,54 @@ def train(config):
     with distributed.main_process_first():
         note_use(run_dir, splits["train"].pictures.dataset.folder)
         freeze_encoders(config, model, splits, image_dir, device, dtype)
+    start = score_start(config, model, splits, device, dtype)
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank)
+        print(describe_adapters(model, config.lora_rank))
     distributed.broadcast_parameters(model)
+    if config.model:
+        warn_of_memory(config, model, table, device, dtype)
 
-    state = create_state(config, model, splits, device, dtype)
+    state, trackers = create_state(config, model, splits, device, dtype), Trackers(config)
     if config.resume != "no" and has_checkpoint(run_dir):
         state.restore()
         save_settings(config, model, table)
         print(f"going on after epoch {len(state.history)}, step {len(state.losses)} of the next")
     distributed.require_same_run_dir(run_dir, len(state.history))
-    loader = train_loader(config, model, splits["train"], device)
-    epochs = math.ceil(config.steps / loader.batch_sampler.steps) or config.epochs
-    start_rsum, terminated = best_rsum(run_dir / "heads"), threading.Event()
-    with at_sigterm(terminated.set):  # training ends after the step, when the state is whole
-        for _ in range(len(state.history), epochs):
-            started = time.perf_counter()
-            trained = train_epoch(state, loader, device, dtype, terminated)
-            scores = validate(state.scored_model, splits["val"], config, device, dtype)
-            best = scores["rsum"] > max([start_rsum, *state.rsums])
-            state.end_epoch(history_row(state, trained, scores, time.perf_counter() - started))
-            if state.joint:
-                draw_generated_pictures(state, splits["val"], device, dtype)
-            state.save_epoch(best)
-            print_epoch(state.history[-1], epochs, best)
+    loader, resumed = train_loader(config, model, splits["train"], device), len(state.history)
+    train_epochs(state, loader, splits["val"], start, trackers, device, dtype)
 
+    merge_adapters(model)
     with distributed.main_process_first():
         load_weights(model, run_dir)
-    write_report(state, splits, start_rsum, device, dtype)
+    if config.wise_ft and not (len(state.history) == resumed and (run_dir / TRADEOFF).exists()):
+        keep_best_mixture(model, start.weights, splits["val"], config, device, dtype)
+    write_report(state, splits, start, device, dtype)
+    trackers.finish(run_dir, len(state.history))
     return model
+
+
+def train_epochs(state, loader, validation, start, trackers, device, dtype):
+    """The epochs that are left, each scored and saved. start: a `keeping.Start`, which the best epoch has to beat."""
+    config = state.config
+    epochs = math.ceil(config.steps / loader.batch_sampler.steps) or config.epochs
+    terminated = threading.Event()
+    with at_sigterm(terminated.set):  # training ends after the step, when the state is whole
+        while len(state.history) < epochs:
+            if is_stale(state.rsums, start.rsum, config.early_stop):
+                print(f"stopped early: {config.early_stop} epochs without a better rsum")
+                break
+            started = time.perf_counter()
+            trained = train_epoch(state, loader, device, dtype, terminated)
+            scores = validate(state.scored_model, validation, config, device, dtype)
+            best = scores["rsum"] > max([start.rsum, *state.rsums])
+            kept = kept_score(state.scored_model, config, device, dtype)
+            state.end_epoch(history_row(state, trained, scores, kept, time.perf_counter() - started))
+            if state.joint:
+                draw_generated_pictures(state, validation, device, dtype)
+            state.save_epoch(best)
+            print_epoch(state.history[-1], epochs, best)
+            trackers.log(state.history[-1], config)
 
 
 def set_up(config):

@@ -1,6 +1,7 @@
 """The parts of the model: image encoder, text encoder and the projection heads into the joint embedding space."""
 
 import torch
+import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from timm.layers import AttentionPool2d
 from torch import nn
@@ -9,6 +10,7 @@ from encoders.build import SIZED_KINDS, sized_image_encoder, timm_encoder
 from encoders.convolution import speed_up
 from encoders.stages import multi_stage_features, multi_stage_width
 from utils.errors import UserError
+from utils.images import AREA
 
 BUCKET = 32  # captions per forward pass on a CPU
 FILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # in a configuration, not about the model
@@ -27,7 +29,8 @@ class ImageEncoder(nn.Module):
 
     Attributes: backbone (the timm model), width (d_i), size, attention_pool (whether the model ends in one), architecture
     (what is needed to build it, without weights, in plain values), mean and std of its training pixels, (1, 3, 1, 1) in units
-    of 0 to 255, and stage and activation_shape, where `encoders.stages.unfreeze_from` has cut it, else None.
+    of 0 to 255, resize (how pictures are resized, see `utils.images.resize_image`), and stage and activation_shape, where
+    `encoders.stages.unfreeze_from` has cut it, else None.
     Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
 
@@ -46,6 +49,7 @@ class ImageEncoder(nn.Module):
         self.width = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.attention_pool = isinstance(getattr(self.backbone, "head", None), AttentionPool2d)
         self.pretrained = weights != "random"
+        self.resize = AREA
         self.stage, self.activation_shape, self.feature_stages = None, None, feature_stages
         self.architecture = {"name": name, "size": self.size, "sizes": sizes, "feature_stages": feature_stages}
         if feature_stages:
@@ -74,6 +78,25 @@ class ImageEncoder(nn.Module):
     def forward(self, image):
         """image: (n, 3, h, w) uint8 or float pixels of 0 to 255 -> (n, d_i) features."""
         return multi_stage_features(self.backbone, self.feature_stages, self.normalize(image))
+
+
+class OpenClipImageEncoder(ImageEncoder):
+    """An image encoder of open_clip, with its projection: pixels to one embedding per image, not normalised.
+
+    visual: as in `encoders.openclip.OpenClip`. architecture: of the model, as there. Attributes: as of an ImageEncoder.
+    """
+
+    def __init__(self, visual, architecture):
+        nn.Module.__init__(self)
+        self.backbone, self.pretrained, preprocess = visual, True, architecture["preprocess"]
+        self.width = architecture["model"]["embed_dim"]
+        self.size = architecture["model"]["vision_cfg"].get("image_size", 224)
+        interpolation = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"  # as open_clip for any other
+        self.resize = f"{preprocess['resize_mode']} {interpolation}"
+        self.attention_pool, self.stage, self.activation_shape, self.feature_stages = False, None, None, ()
+        self.architecture = architecture["model"]["vision_cfg"] | {"resize": self.resize}
+        self.register_buffer("mean", 255 * torch.tensor(preprocess["mean"]).view(1, 3, 1, 1))
+        self.register_buffer("std", 255 * torch.tensor(preprocess["std"]).view(1, 3, 1, 1))
 
 
 class TextEncoder(nn.Module):
@@ -143,6 +166,46 @@ class TextEncoder(nn.Module):
         mask = attention_mask.unsqueeze(-1).to(hidden.dtype)
         return (hidden * mask).sum(dim=1) / mask.sum(dim=1)
         # END SOLUTION
+
+
+class OpenClipTextEncoder(TextEncoder):
+    """A text encoder of open_clip, with its pooling and projection: token ids to one embedding per caption, not normalised.
+
+    text: as in `encoders.openclip.OpenClip`. architecture: of the model, as there. Attributes: as of a TextEncoder.
+    """
+
+    def __init__(self, text, architecture):
+        nn.Module.__init__(self)
+        self.backbone, self.width, self.pooling, self.layers = text, architecture["model"]["embed_dim"], "its own", 1
+        cfg, self.pad_id = architecture["model"]["text_cfg"], architecture["pad_id"]
+        self.max_length = cfg.get("context_length", 77)
+        mask = getattr(text, "attn_mask", None)
+        self.causal = mask is not None and text.cls_emb is None and text.pool_type in ("argmax", "eos")
+        self.fills_up = not (self.causal or "hf_model_name" in cfg)  # the others' padding is seen, so it has to be there
+        self.architecture = cfg
+
+    def pooled(self, input_ids, attention_mask):
+        """input_ids: (n, l) -> (n, d_t). Padding follows from the ids."""
+        if self.causal:
+            return self.causal_features(input_ids)
+        if self.fills_up:
+            input_ids = F.pad(input_ids, (0, self.max_length - input_ids.shape[1]), value=self.pad_id)
+        return self.backbone(input_ids)
+
+    def causal_features(self, input_ids):
+        """open_clip's own forward pass, which takes texts of the full length only, for texts of any length: (n, l) -> (n, d_t).
+
+        No token before the end sees what comes behind it, and most captions are short.
+        """
+        text, length = self.backbone, input_ids.shape[1]
+        hidden = text.token_embedding(input_ids) + text.positional_embedding[:length]  # (n, l, width)
+        hidden = text.ln_final(text.transformer(hidden, attn_mask=text.attn_mask[:length, :length]))
+        end = input_ids.argmax(dim=1) if text.pool_type == "argmax" else (input_ids == text.eos_id).int().argmax(dim=1)
+        features = hidden.gather(1, end[:, None, None].expand(-1, 1, hidden.shape[2]))[:, 0]
+        projection = text.text_projection
+        if projection is None:
+            return features
+        return projection(features) if isinstance(projection, nn.Linear) else features @ projection
 
 
 class ProjectionHead(nn.Module):

@@ -114,10 +114,10 @@ class Scene:
 # ---- scenes ----------------------------------------------------------------------------------------------------
 
 
-def random_scene(rng):
-    """A scene of one, two or three shapes; no two have the same colour and shape, or the same cell."""
+def random_scene(rng, colors=COLORS):
+    """A scene of one, two or three shapes of these colours; no two have the same colour and shape, or the same cell."""
     count = rng.choices([1, 2, 3], [0.35, 0.45, 0.2])[0]
-    looks = rng.sample([(color, shape) for color in COLORS for shape in SHAPES], count)
+    looks = rng.sample([(color, shape) for color in colors for shape in SHAPES], count)
     cells = rng.sample(list(PLACES), count)
     things = [Thing(*look, rng.choice(list(SIZES)), cell) for look, cell in zip(looks, cells)]
     return Scene(tuple(things), rng.choice(list(BACKGROUNDS)))
@@ -150,15 +150,15 @@ def unseen_pairs(seen):
     return set(pairs) - set([*first, *others][:seen])
 
 
-def draw_scenes(count, unseen, needs_unseen, rng, used, twins=0.2):
+def draw_scenes(count, unseen, needs_unseen, rng, used, twins=0.2, colors=COLORS):
     """A list of `count` different scenes, none of them in the set `used`, to which they are added.
 
     unseen: pairs of colour and shape. needs_unseen: True requires one of them in every fourth scene, False allows none. twins:
-    probability of a twin.
+    probability of a twin. colors: of the shapes.
     """
     scenes = []
     while len(scenes) < count:
-        scene = random_scene(rng)
+        scene = random_scene(rng, colors)
         with_twin = len(scene.things) > 1 and rng.random() < twins
         pair = [scene] + ([twin(scene, rng)] if with_twin else [])
         if None in pair or any(scene in used for scene in pair) or len(scenes) + len(pair) > count:
@@ -376,17 +376,18 @@ def write_picture(path, scene, side, rng):
         raise OSError(f"{path}: could not be written")
 
 
-def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN):
+def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN, colors=COLORS):
     """Writes the data set into `folder`: the same images, captions and split lists for the same arguments.
 
     train, val, test: numbers of images. side: height and width in pixels. seen: pairs of colour and shape that training shows.
-    An existing folder is replaced; on failure nothing is written. Raises ValueError as `unseen_pairs` does.
+    colors: those of the shapes. An existing folder is replaced; on failure nothing is written.
+    Raises ValueError as `unseen_pairs` does.
     """
     rng, used, unseen = random.Random(seed), set(), unseen_pairs(seen)
     splits = {
-        "train": draw_scenes(train, unseen, False, rng, used),
-        "dev": draw_scenes(val, unseen, False, rng, used),
-        "test": draw_scenes(test, unseen, True, rng, used),
+        "train": draw_scenes(train, unseen, False, rng, used, colors=colors),
+        "dev": draw_scenes(val, unseen, False, rng, used, colors=colors),
+        "test": draw_scenes(test, unseen, True, rng, used, colors=colors),
     }
     names = iter(f"{number:05d}.png" for number in range(train + val + test))
     rows = []
@@ -403,14 +404,15 @@ def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN):
             csv.writer(captions_file).writerows([("image", "caption"), *rows])
 
 
-def draw_classes(folder, pictures=10, side=96, seed=0):
+def draw_classes(folder, pictures=10, side=96, seed=0, colors=COLORS):
     """Writes `pictures` images of a single shape for each pair of colour and shape, in a folder named after it ("red circle").
 
-    side: height and width in pixels. An existing folder is replaced; on failure nothing is written.
+    side: height and width in pixels. colors: those of the shapes. An existing folder is replaced; on failure nothing is
+    written.
     """
     rng = random.Random(seed)
     with atomic_dir(Path(folder)) as temporary_path:
-        for color, shape in itertools.product(COLORS, SHAPES):
+        for color, shape in itertools.product(colors, SHAPES):
             (temporary_path / f"{color} {shape}").mkdir()
             for number in range(pictures):
                 thing = Thing(color, shape, rng.choice(list(SIZES)), rng.choice(list(PLACES)))

@@ -17,6 +17,29 @@ from utils.errors import UserError
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
+class CleaningTokenizer:
+    """A `tokenizers.Tokenizer` that cleans texts first, as open_clip does.
+
+    clean: lower (lower case, plain spaces), whitespace (plain spaces), or canonicalize (lower case, no punctuation).
+    """
+
+    def __init__(self, tokenizer, clean):
+        from open_clip.tokenizer import get_clean_fn  # only here: this import takes seconds
+
+        self.tokenizer, self.clean = tokenizer, get_clean_fn(clean)
+
+    def __getattr__(self, name):
+        if name == "tokenizer":  # a copy that is not filled yet
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+    def encode(self, text):
+        return self.tokenizer.encode(self.clean(text))
+
+    def encode_batch(self, texts):
+        return self.tokenizer.encode_batch([self.clean(text) for text in texts])
+
+
 def train_tokenizer(captions, vocab_size, max_length, start="[CLS]"):
     """A lower-casing WordPiece tokenizer like BERT's, with a vocabulary of about vocab_size learned from the captions.
 

@@ -76,7 +76,7 @@ def sts(
     """Compares cosines of sentence pairs with human ratings: Spearman and Pearson correlation per file, and their average.
 
     Args:
-        run: run folder, or one of OpenAI's names
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
         file: STS files: STS-B's, or tables of score, sentence, sentence
         device: auto, cpu, cuda, cuda:1, mps
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32

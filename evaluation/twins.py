@@ -23,8 +23,8 @@ def twin_scores(model, pairs, device, dtype, seed=0):
     Returns {"pairs", "accuracy", "chance", "color", "place", "relations"}: the accuracy of all, of those that swap colours, of
     those that swap places, and of all that swap no colours, for each relation that their captions say.
     """
-    rng, size = random.Random(seed), model.image_encoder.size
-    drawn = [resize_image(shapes.paint(scene, SIDE, rng), size) for pair in pairs for scene in pair.scenes]
+    rng, size, resize = random.Random(seed), model.image_encoder.size, model.image_encoder.resize
+    drawn = [resize_image(shapes.paint(scene, SIDE, rng), size, resize) for pair in pairs for scene in pair.scenes]
     I_f = image_features(model, drawn, device, dtype, len(drawn))
     captions = [caption for pair in pairs for caption in pair.captions]
     T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)

@@ -62,27 +62,27 @@ def plain(name):
     return name.replace("_", " ").strip()
 
 
-def find_pictures(images, names_file=""):
-    """The pictures of a folder that has one subfolder per class.
+def find_pictures(images, names_file="", flag="--images"):
+    """The pictures of a folder that has one subfolder per class. flag: how messages call it.
 
     Returns (names, paths, labels): c class names, n picture paths, and the (n,) labels.
     Raises UserError if there are no class folders, fewer than two classes, or no pictures.
     """
     if not Path(images).is_dir():
-        raise UserError(f"--images {images}: no such folder")
+        raise UserError(f"{flag} {images}: no such folder")
     folders = sorted(path.name for path in Path(images).iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
-        raise UserError(f"--images {images}: no class folders there; put each class's pictures into a folder named after it")
+        raise UserError(f"{flag} {images}: no class folders there; put each class's pictures into a folder named after it")
     names, label_of_folder = class_names(folders, names_file)
     if len(names) < 2:
-        raise UserError(f"--images {images}: only the class {names[0]}; classification needs at least two")
+        raise UserError(f"{flag} {images}: only the class {names[0]}; classification needs at least two")
     paths, labels = [], []
     for folder in folders:
         class_paths = sorted(path for path in (Path(images) / folder).rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
         paths += class_paths
         labels += [label_of_folder[folder]] * len(class_paths)
     if not paths:
-        raise UserError(f"--images {images}: no pictures in its {len(folders)} folders ({', '.join(sorted(PICTURE_ENDINGS))})")
+        raise UserError(f"{flag} {images}: no pictures in its {len(folders)} folders ({', '.join(sorted(PICTURE_ENDINGS))})")
     return names, paths, torch.tensor(labels)
 
 
@@ -119,6 +119,14 @@ def accuracy_per_class(names, labels, answers):
     return {names[i]: 100 * hits[labels == i].mean().item() for i in labels.unique().tolist()}
 
 
+def top1_accuracy(model, classes, templates, device, dtype, num_workers=0, skip_bad=False):
+    """Zero-shot top-1 accuracy in percent. classes: from `find_pictures`; the others as for `classify`."""
+    names, paths, labels = classes
+    top, bad = classify(model, names, paths, templates, device, dtype, num_workers, skip_bad)
+    labels = labels[[i for i in range(len(paths)) if i not in bad]]
+    return 100 * (top[:, 0] == labels).float().mean().item()
+
+
 def class_accuracies(model, images, templates, device, dtype):
     """`accuracy_per_class` of a folder with one subfolder of pictures per class."""
     names, paths, labels = find_pictures(images)
@@ -141,7 +149,7 @@ def zeroshot(
     """Classifies pictures zero-shot, by class names alone: top-1 and top-5 accuracy, and a confusion matrix.
 
     Args:
-        run: run folder, or one of OpenAI's names
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
         images: folder with one subfolder of pictures per class
         classes: file of all class names, one per line; "n01440764 tench" or "folder<TAB>name" for folders with other names
         template: prompts with {} in place of the class name; the embeddings of several are averaged

@@ -38,8 +38,8 @@ class TextExport(nn.Module):
         return F.normalize(self.projection(self.encoder.pooled(input_ids, attention_mask)), dim=1)
 
 
-def export_onnx(model, run):
-    """Writes RUN/onnx/image.onnx and RUN/onnx/text.onnx, and returns their paths. Both accept any batch size.
+def export_onnx(model, folder):
+    """Writes onnx/image.onnx and onnx/text.onnx into a folder, and returns their paths. Both accept any batch size.
 
     Captions have to be padded to the context length if the text encoder has a fixed one.
     Raises UserError if onnx is not installed.
@@ -65,7 +65,7 @@ def export_onnx(model, run):
             warnings.filterwarnings("ignore", "# The axis name")  # ids and mask share the axes n and l, as intended
             names = {"input_names": list(shapes), "output_names": [f"{name}_features"]}
             program = torch.onnx.export(module.eval(), example, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
-        path = Path(run) / "onnx" / f"{name}.onnx"
+        path = Path(folder) / "onnx" / f"{name}.onnx"
         atomic_write(path, lambda temporary, program=program: program.save(str(temporary), external_data=False))
         paths.append(path)
     return paths

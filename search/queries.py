@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from captions import load_captions, read_text
-from config import load_run
+from config import is_model_name, load_run
 from embedding import file_embeddings, project_and_normalize, text_features, token_ids
 from search.gallery import find_pictures
 from search.index import top_k
@@ -82,6 +82,8 @@ def newest_run():
 
 def read_data(run):
     """(table, image_dir) of the data set that a run was trained on. Raises UserError if it is no longer there."""
+    if is_model_name(run):
+        raise UserError(f"--run {run}: has no pictures and captions of its own; name a folder of pictures with --images")
     config = load_run(run)["config"]
     table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
     return table, image_dir

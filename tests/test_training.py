@@ -14,12 +14,12 @@ import torch
 from conftest import run_script
 
 import clip
-import evaluate
 import GAN
 import inference
 import main
 from captions import load_captions
 from config import PRESETS, Config, heads_config, parse_config
+from evaluation.splits import select_rows
 from modules import ImageEncoder
 from training import checkpoint, feature_cache, optimization, report, steps
 from utils import cache
@@ -428,7 +428,7 @@ def test_train_images_are_drawn_with_the_seed_and_the_others_left_out(small_flag
         chosen.append(set(splits.loc[splits["split"] == "train", "image"]))
         assert (splits["split"] == "val").sum() == 24
     assert chosen[0] == chosen[1] != chosen[2] and all(len(names) == 40 for names in chosen)
-    scored, _, _ = evaluate.select_rows(str(tmp_path / "a"), ("", "", ""), "train", skip_bad=False)
+    scored, _, _ = select_rows(str(tmp_path / "a"), ("", "", ""), "train", skip_bad=False)
     assert set(scored["image"]) == chosen[0]
     with pytest.raises(UserError, match="--train-images 97: there are only 96 training images"):
         train(small_flags("d", train_images=97))

@@ -93,7 +93,8 @@ def load_splits(config, table, image_dir, model, bytes_to_come):
         table, generated = pd.concat([table, pairs], ignore_index=True), frozenset(pairs["image"])
     names, _ = image_positions(table)
     paths, size = [image_dir / name for name in names], model.image_encoder.size
-    pictures, bad = decode_images(paths, size, config.cache_dir, config.num_workers, config.skip_bad, bytes_to_come)
+    arguments = paths, size, config.cache_dir, config.num_workers, config.skip_bad, bytes_to_come
+    pictures, bad = decode_images(*arguments, resize=model.image_encoder.resize)
     position = {name: i for i, name in enumerate(names) if i not in bad}
     splits = {}
     for split in ("train", "val"):
@@ -107,6 +108,13 @@ def load_splits(config, table, image_dir, model, bytes_to_come):
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
     return splits, list(bad.values())
+
+
+def count_cut(tokenizer, split):
+    """How many captions of a split are longer than the text encoder takes, and were cut."""
+    longest = tokenizer.truncation["max_length"]
+    full = [caption for caption, ids in zip(split.captions, split.texts) if len(ids) >= longest]
+    return sum(bool(encoding.overflowing) for encoding in tokenizer.encode_batch(full))
 
 
 def real_per_batch(config):

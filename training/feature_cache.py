@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from config import is_openai
 from dataset import CROPS, CLIPDataset
 from embedding import IMAGE_BATCH, text_features
 from encoders.stages import run_trunk
@@ -31,7 +30,7 @@ def freeze_encoders(config, model, splits, image_dir, device, dtype):
             split.image_key = "image_features" if freeze_image else "image_activations"
         if freeze_text:
             split.texts, split.text_key = cache_text_features(config, model, split.texts, device, dtype), "text_features"
-    new_heads = not is_openai(config) or config.image_weights == "random"  # pretrained heads expect unscaled features
+    new_heads = not config.model  # pretrained heads expect unscaled features
     if freeze_image:
         image_encoder.requires_grad_(False)
         if new_heads:

@@ -52,6 +52,7 @@ people, and it repeats the errors and biases of its data and of the weights it s
 """
 
 
+POOLINGS = {"first": "the first token", "mean": "all tokens", "last": "the last token"}
 SOFTMAX = "the symmetric contrastive loss of Radford et al. 2021 (arXiv:2103.00020)"
 LOSSES = {
     "softmax": SOFTMAX,
@@ -89,7 +90,7 @@ def write_card(run_dir, config, model, splits, scores):
         text_trained="frozen" if config.freezes("text") else "trained",
         image_licence=none if config.image_weights == "random" else licence,
         text_licence=none if config.text_weights == "random" else "see their source",
-        pooling={"first": "the first token", "mean": "all tokens", "last": "the last token"}[model.text_encoder.pooling],
+        pooling=POOLINGS.get(model.text_encoder.pooling, "what it was trained with"),
         loss=LOSSES[config.loss],
         length=f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         batch_size=config.batch_size,

@@ -8,24 +8,59 @@ import torch
 def parameter_groups(model, config):
     """AdamW's groups: a learning rate for each encoder and one for the heads; weight decay on weight matrices only.
 
-    The grouping does not depend on the rates, so a resumed run may change them.
+    With --layer-decay an encoder's layers have a group each, whose rate is that of the layer above times the decay (Clark et
+    al. 2020, arXiv:2003.10555). The grouping does not depend on the rates, so a resumed run may change them.
     """
     rates = {"image_encoder": config.image_encoder_lr, "text_encoder": config.text_encoder_lr, "heads": config.head_lr}
-    backbone, groups = model.image_encoder.backbone, {}
-    undecayed = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()  # a ViT's position embeddings
-    undecayed = {f"image_encoder.backbone.{name}" for name in undecayed}
+    groups, undecayed, heights = {}, set(), {}
+    for part in ("image_encoder", "text_encoder"):
+        backbone = getattr(model, part).backbone
+        if config.layer_decay < 1:
+            heights |= layers_above(backbone, f"{part}.backbone.")
+        names = backbone.no_weight_decay() if hasattr(backbone, "no_weight_decay") else ()  # a ViT's position embeddings
+        undecayed |= {f"{part}.backbone.{name}" for name in names}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part, decays = name.split(".")[0], parameter.ndim > 1 and name not in undecayed
-            groups.setdefault((part if part in rates else "heads", decays), []).append(parameter)
+            height = heights.get(name, 0)
+            groups.setdefault((part if part in rates else "heads", height, decays), []).append(parameter)
+    rows = [(rates[part] * config.layer_decay**height, decays, params) for (part, height, decays), params in groups.items()]
     return [
-        {"params": params, "base_lr": rates[part], "lr": rates[part], "weight_decay": config.weight_decay if decays else 0.0}
-        for (part, decays), params in groups.items()
+        {"params": params, "base_lr": rate, "lr": rate, "weight_decay": config.weight_decay if decays else 0.0}
+        for rate, decays, params in rows
     ]
+
+
+def layers_above(encoder, prefix):
+    """{name: how many layers of an encoder are above that of the parameter}. prefix: of the names.
+
+    A layer is what a name's first part that ends in a number says, as in blocks.3 or layer2. Parameters before the first such
+    name are one more layer, and those behind the last one, with the projection that open_clip names first, another.
+    """
+    layers, layer_of, position = [], {}, 0
+    for name, _ in encoder.named_parameters():
+        parts = name.split(".")
+        numbered = next((i for i, part in enumerate(parts) if part[-1].isdigit()), None)
+        layer = ".".join(parts[: numbered + 1]) if numbered is not None else None
+        if layer and layer not in layers:
+            layers.append(layer)
+        if layer:
+            position = layers.index(layer) + 1
+        elif position:
+            position = len(layers) + 1
+        layer_of[name] = None if parts[-1] in ("proj", "text_projection") else position
+    top = len(layers) + 1
+    return {f"{prefix}{name}": top - (top if layer is None else layer) for name, layer in layer_of.items()}
 
 
 def create_optimizer(groups, device):
     return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+
+
+def is_stale(rsums, start_rsum, epochs):
+    """Whether the last `epochs` epochs were no better than before. start_rsum: before the first. epochs: 0 never is."""
+    best = max([start_rsum, *rsums[: len(rsums) - epochs]])
+    return 0 < epochs <= len(rsums) and max(rsums[-epochs:]) <= best
 
 
 def plateau_factor(rsums, patience, factor):

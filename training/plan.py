@@ -4,6 +4,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from clip import create_model, loss_over_captions
@@ -12,8 +13,10 @@ from dataset import pad
 from Datasets import shapes
 from embedding import IMAGE_BATCH, token_ids
 from encoders.stages import unfreeze_from
+from training.adapters import add_adapters
 from training.data import fetch_data, read_table, real_per_batch, require_batch
 from training.feature_cache import activation_bytes
+from training.gradient_cache import frozen_batch_norm_statistics
 from training.optimization import parameter_groups
 from utils.cache import free_space
 from utils.device import autocast, pick_device, pick_dtype
@@ -45,7 +48,7 @@ def print_plan(config, flickr8k_dir):
         require_batch(config, num_images(table, "train"), image_dir)
         model = create_model(config, table["caption"][table["split"] == "train"])
         used = table["image"][table["split"].isin(["train", "val"])].unique()
-        pixels = decoded_bytes([image_dir / name for name in used], model.image_encoder.size)
+        pixels = decoded_bytes([image_dir / name for name in used], model.image_encoder.size, model.image_encoder.resize)
     freeze(config, model)
     total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
     for name, about in (
@@ -62,7 +65,9 @@ def print_plan(config, flickr8k_dir):
 
 
 def freeze(config, model):
-    """Freezes what the Config names, as the run does before its first step."""
+    """Freezes what the Config names, and adds adapters, as the run does before its first step."""
+    if config.lora_rank:
+        add_adapters(model, config.lora_rank)
     if config.image_unfreeze_from:
         unfreeze_from(model.image_encoder, config.image_unfreeze_from)
     for part, encoder in (("image", model.image_encoder), ("text", model.text_encoder)):
@@ -120,18 +125,37 @@ def describe_disk(config, pixels, outputs, total, trained):
 
 
 def describe_memory(config, model, table, total, trained, device, dtype):
-    """The memory for the weights and what AdamW keeps of them, and for a step, from two small steps that are counted."""
+    """A line on the memory for the weights and what AdamW keeps of them, and for a step."""
+    weights, step = memory_bytes(config, model, table, total, trained, device, dtype)
+    where = "of the GPU" if device.type == "cuda" else "beside Python and torch"
+    without = ", without the generator" if config.gan == "joint" else ""
+    parts = f"{weights / GB:.1f} for the weights, {step / GB:.1f} for a step"
+    return f"about {(weights + step) / GB:.1f} GB {where}{without}: {parts}"
+
+
+def warn_of_memory(config, model, table, device, dtype):
+    """Prints a line where a run is likely to need more memory than is free."""
+    total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
+    with frozen_batch_norm_statistics(model):
+        needed = sum(memory_bytes(config, model, table, total, trained, device, dtype)) - 4 * total  # they are there already
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if needed > free:
+        sizes = f"about {needed / GB:.1f} GB of memory are needed, and {free / GB:.1f} GB are free"
+        print(
+            f"{sizes}: lower --batch-size, keep it with --micro-batch-size 16, or try --lora-rank 8 or --freeze image",
+            flush=True,
+        )
+
+
+def memory_bytes(config, model, table, total, trained, device, dtype):
+    """(bytes for the weights and what AdamW keeps of them, bytes for a step), from two small steps that are counted."""
     weights = 4 * (total + trained * (4 if config.ema_decay else 3))  # gradient, AdamW's two averages, the weights' average
     captions = list(table["caption"][table["split"] == "train"][:NUM_CAPTIONS])
     ids = max(token_ids(model.tokenizer, captions), key=len)
     model.to(device)
     few, more = (step_bytes(config, model, ids, count, device, dtype) for count in (2, 4))
     size = config.micro_batch_size or config.batch_size
-    step = max(few + (more - few) / 2 * (size - 2), encode_bytes(model, device, dtype))
-    where = "of the GPU" if device.type == "cuda" else "beside Python and torch"
-    without = ", without the generator" if config.gan == "joint" else ""
-    parts = f"{weights / GB:.1f} for the weights, {step / GB:.1f} for a step"
-    return f"about {(weights + step) / GB:.1f} GB {where}{without}: {parts}"
+    return weights, max(few + (more - few) / 2 * (size - 2), encode_bytes(model, device, dtype))
 
 
 def step_bytes(config, model, ids, count, device, dtype):

@@ -10,7 +10,7 @@ from embedding import project_and_normalize, text_features, token_ids
 from evaluation.retrieval import recall_table, score
 from training import distributed
 from training.checkpoint import PREVIOUS
-from training.data import split_features
+from training.data import count_cut, split_features
 from training.losses import SIDES, Objective
 from training.model_card import write_card
 from utils.images import center_crop
@@ -46,6 +46,9 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
     """Prints the data set, the model and the settings."""
     counts = [f"{len(split.names):,} {name} images ({len(split.captions):,} captions)" for name, split in splits.items()]
     print(f"{' and '.join(counts)} from {image_dir}; left out: {num_skipped}")
+    cut = sum(count_cut(model.tokenizer, split) for split in splits.values())
+    if cut:
+        print(f"{cut:,} captions are longer than {model.tokenizer.truncation['max_length']} tokens, and are cut there")
     if splits["train"].sources:
         extra = generated_per_batch(config)
         count = len(splits["train"].sources)
@@ -55,8 +58,17 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
     print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
 
 
-def history_row(state, trained, scores, seconds):
-    """A row of history.csv. trained: what `train_epoch` gives; scores: what `validate` gives."""
+def recalls_line(scores):
+    """Recalls as they are printed for an epoch. scores: from `evaluation.retrieval.recall`."""
+    texts = []
+    for direction in ("image_to_text", "text_to_image"):
+        recalls = "/".join(f"{scores[direction][f'R@{k}']:.1f}" for k in (1, 5, 10))
+        texts.append(f"{direction.replace('_', ' ')} {recalls}")
+    return f"{'  '.join(texts)}  rsum {scores['rsum']:.1f}"
+
+
+def history_row(state, trained, scores, kept, seconds):
+    """A row of history.csv. trained: what `train_epoch` gives; scores: what `validate` gives; kept: `keeping.kept_score`."""
     chance = (
         math.log(state.config.batch_size) if state.config.loss in SIDES else math.nan
     )  # others have a bias or another scale
@@ -65,6 +77,7 @@ def history_row(state, trained, scores, seconds):
     row["lr_scale"] = trained["lr_scale"]
     for direction in ("image_to_text", "text_to_image"):
         row |= {f"{direction}_{name}": value for name, value in scores[direction].items()}
+    row |= {} if kept is None else {"kept": kept}
     return row | {"skipped_steps": trained["skipped_steps"], "rsum": scores["rsum"], "seconds": seconds}
 
 
@@ -74,11 +87,12 @@ def print_epoch(row, epochs, best):
         "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
     ]
     skipped, chance = row["skipped_steps"], row["chance_loss"]
+    kept = f"  kept {row['kept']:.1f}%" if "kept" in row else ""
     chance = "" if math.isnan(chance) else f" (chance {chance:.3f})"
     print(
         f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  loss {row['loss']:.3f}{chance}  "
         f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
-        f"rsum {row['rsum']:.1f}{'*' if best else ' '} {row['seconds']:.1f} s"
+        f"rsum {row['rsum']:.1f}{'*' if best else ' '}{kept} {row['seconds']:.1f} s"
         + (f"  skipped: {skipped} steps whose gradients were not finite in fp16" if skipped else ""),
         flush=True,
     )
@@ -96,18 +110,21 @@ def draw_generated_pictures(state, split, device, dtype):
     draw_generated(f"validation captions, epoch {len(state.history)}", captions, real, pictures, path)
 
 
-def write_report(state, splits, start_rsum, device, dtype):
+def write_report(state, splits, start, device, dtype):
     """Scores the best epoch's model again, prints it, and writes curves, examples and the model card.
 
-    start_rsum: sum of recalls of the heads that fine-tuning started from; -1 without such heads.
+    start: the `keeping.Start` of the run.
     """
     run_dir, model, history, validation = Path(state.config.run_dir), state.model, state.history, splits["val"]
     I_f, T_f = split_features(model, validation, device, dtype)
     scores = score(model, I_f, T_f, validation.image_of_text, device)
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
-    summary = f"best epoch {best['epoch']}" if best["rsum"] > start_rsum else "best before fine-tuning (heads only)"
+    before = "before fine-tuning" + ("" if state.config.model else " (heads only)")
+    summary = f"best epoch {best['epoch']}" if best["rsum"] > start.rsum else f"best {before}"
     print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(scores))
+    if start.rsum >= 0:
+        print(f"rsum {start.rsum:.1f} {before}, {scores['rsum']:.1f} now")
     if distributed.is_main_process():
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)

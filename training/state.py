@@ -12,6 +12,7 @@ from config import Config, generated_per_batch, load_run
 from encoders.tokenizer import read_tokenizer
 from generation.joint import Joint
 from training import distributed
+from training.adapters import merged
 from training.checkpoint import load_latest, load_optimizer, write_checkpoint, write_history
 from training.losses import Objective
 from training.optimization import create_optimizer, parameter_groups
@@ -58,7 +59,7 @@ class TrainState:
             return
         run_dir = Path(self.config.run_dir)
         if best:
-            save_weights(self.scored_model, run_dir)
+            save_weights(merged(self.scored_model), run_dir)
         write_history(run_dir / "history.csv", self.history)
         self.save()  # last, so that after a kill the epoch is repeated and all is written
 
@@ -122,9 +123,9 @@ class TrainState:
 
 
 def is_frozen(name, config):
-    """Whether a tensor of the model, or of its moving average, belongs to a frozen encoder."""
-    frozen = tuple(f"{part}_encoder." for part in ("image", "text") if config.freezes(part))
-    return name.removeprefix("module.").startswith(frozen)
+    """Whether a tensor of the model, or of its moving average, belongs to a frozen encoder, or to one whose adapters train."""
+    frozen = tuple(f"{part}_encoder." for part in ("image", "text") if config.freezes(part) or config.lora_rank)
+    return name.removeprefix("module.").startswith(frozen) and "lora_" not in name
 
 
 def create_state(config, model, splits, device, dtype):

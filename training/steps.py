@@ -95,8 +95,9 @@ def update_weights(state):
     scale = state.scaler.get_scale()  # 1 unless in fp16
     state.scaler.step(state.optimizer)
     state.scaler.update()
-    with torch.no_grad():
-        state.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+    if state.config.loss != "sigmoid":  # SigLIP's pretrained scales are larger
+        with torch.no_grad():
+            state.model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
     if state.average:
         state.average.update_parameters(state.model)
     return state.scaler.get_scale() < scale

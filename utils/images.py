@@ -29,6 +29,7 @@ PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"} | 
 MAX_ASPECT_RATIO = 3  # of the longer to the shorter side; more is cut off evenly at both ends
 # How images are preprocessed for evaluation; part of cache keys.
 VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, OpenCV {cv2.__version__}"
+AREA = "shortest area"  # how images are resized for an encoder, unless it was trained on another way
 PREFETCH = 256  # images decoded ahead
 NUM_SHOWN = 3  # bad images listed in an error
 NUM_MEASURED = 50  # pictures whose decoded size stands for that of all
@@ -37,8 +38,13 @@ cv2.setNumThreads(0)  # its threads would compete with torch's for the cores; we
 cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we report broken files ourselves
 
 
-def resize_image(image, size):
-    """(h, w, 3) uint8 -> resized: the shorter side is `size` pixels, the longer at most MAX_ASPECT_RATIO times that."""
+def resize_image(image, size, resize=AREA):
+    """(h, w, 3) uint8 -> resized: the shorter side is `size` pixels, the longer at most MAX_ASPECT_RATIO times that.
+
+    resize: AREA, or two words of open_clip, whose pixels it then gives: shortest or squash (to a square); bicubic or bilinear.
+    """
+    if resize != AREA:
+        return resize_as_open_clip(image, size, *resize.split())
     height, width = image.shape[:2]
     max_side = MAX_ASPECT_RATIO * min(height, width)
     top, left = max(0, height - max_side) // 2, max(0, width - max_side) // 2
@@ -49,19 +55,35 @@ def resize_image(image, size):
     return cv2.resize(image, shape, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
 
 
+def resize_as_open_clip(image, size, mode, interpolation):
+    """`resize_image` for a model that was trained on open_clip's preprocessing, which resizes with PIL."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    shape = (size, size) if mode == "squash" else (size * width // side, size * height // side)
+    method = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}[interpolation]
+    image = np.array(Image.fromarray(image).resize(shape, method))
+    for axis in (0, 1):
+        length = image.shape[axis]
+        cut = max(0, length - MAX_ASPECT_RATIO * size) // 2
+        # Its centre crop rounds the corner to even numbers, ours down; a row less in front of it makes both the same.
+        shift = round((length - size) / 2) - (length - size) // 2
+        image = image.swapaxes(0, axis)[cut + shift : length - cut].swapaxes(0, axis)
+    return image
+
+
 def center_crop(image, size):
     """The centre (size, size, 3) of an image whose shorter side is `size`."""
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
 
 
-def read_image(path, size):
+def read_image(path, size, resize=AREA):
     """Reads an image file, applies its EXIF rotation and resizes it with `resize_image`.
 
     Raises ValueError or OSError where it cannot be decoded.
     """
     if Path(path).suffix.lower() in HEIC_ENDINGS:
-        return resize_image(read_heic(path), size)
+        return resize_image(read_heic(path), size, resize)
     data = np.fromfile(path, dtype=np.uint8)  # not cv2.imread, which fails for non-ASCII names on Windows
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
@@ -70,7 +92,7 @@ def read_image(path, size):
         raise ValueError(f"has more than {MAX_PIXELS:,} pixels" if too_large else "cannot be decoded by OpenCV") from None
     if image is None:
         raise ValueError("empty, truncated or not a picture")
-    return resize_image(image, size)
+    return resize_image(image, size, resize)
 
 
 def read_heic(path):
@@ -90,12 +112,12 @@ def read_heic(path):
         raise ValueError(str(error)) from None
 
 
-def read_images(paths, size, num_workers=0):
+def read_images(paths, size, num_workers=0, resize=AREA):
     """Yields (image, None) or (None, what is wrong) for each path; threads decode PREFETCH images ahead."""
 
     def read(path):
         try:
-            return read_image(path, size), None
+            return read_image(path, size, resize), None
         except (ValueError, OSError) as error:
             return None, f"{path}: {error}"
 
@@ -135,46 +157,46 @@ class DecodedImages:
         return self.pixels[self.ends[i] - height * width * 3 : self.ends[i]].reshape(height, width, 3)
 
 
-def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_to_come=0):
+def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_to_come=0, resize=AREA):
     """Decodes and resizes each image once, into a cache; changed files are decoded again.
 
+    size, resize: as for `resize_image`.
     bytes_to_come: further bytes that will be written to the cache later; the space for them is checked, too.
     Returns (images, bad): DecodedImages, and {position: what is wrong} of the unreadable images.
     Raises UserError for such an image unless skip_bad, and where the cache has too little space or cannot be written.
     """
-    folder = Path(cache_dir) / f"images-{cache_key(VIEW, size, file_stats(paths), skip_bad)}"
+    folder = Path(cache_dir) / f"images-{cache_key(VIEW if resize == AREA else resize, size, file_stats(paths), skip_bad)}"
     try:
         images = DecodedImages(folder)
         if len(images) != len(paths):
             raise ValueError(f"{folder}: for other images")
     except (OSError, ValueError, EOFError):
         shutil.rmtree(folder, ignore_errors=True)
-        num_bytes = decoded_bytes(paths, size)
+        num_bytes = decoded_bytes(paths, size, resize)
         require_space(cache_dir, num_bytes + bytes_to_come, "lower --size")
         print(f"decoding {len(paths):,} pictures into {cache_dir} (about {num_bytes / 1e9:.2f} GB)")
-        write_decoded(folder, paths, size, num_workers, skip_bad)
+        write_decoded(folder, paths, size, num_workers, skip_bad, resize)
         images = DecodedImages(folder)
     bad = {int(i): f"{paths[i]}: empty, truncated or not a picture" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
     return images, bad
 
 
-def decoded_bytes(paths, size):
+def decoded_bytes(paths, size, resize=AREA):
     """About how many bytes pictures take when they are decoded, from at most NUM_MEASURED of them, evenly spaced."""
-    some = read_images(paths[:: -(-len(paths) // NUM_MEASURED)], size)
+    some = read_images(paths[:: -(-len(paths) // NUM_MEASURED)], size, resize=resize)
     sizes = [image.nbytes for image, _ in some if image is not None]
     return len(paths) * sum(sizes) / max(1, len(sizes))
 
 
-def write_decoded(folder, paths, size, num_workers, skip_bad):
+def write_decoded(folder, paths, size, num_workers, skip_bad, resize):
     """Writes the folder of a DecodedImages; on failure it leaves nothing behind."""
     temporary = temporary_path(folder)
     shapes, bad = [], []
     try:
         temporary.mkdir(parents=True, exist_ok=True)
         with open(temporary / "pixels.bin", "wb") as pixels:
-            progress = tqdm(
-                read_images(paths, size, num_workers), total=len(paths), desc="decoding", leave=False, unit="img", disable=None
-            )
+            pictures = read_images(paths, size, num_workers, resize)
+            progress = tqdm(pictures, total=len(paths), desc="decoding", leave=False, unit="img", disable=None)
             for image, problem in progress:
                 shapes.append((0, 0) if image is None else image.shape[:2])
                 bad += [problem] if problem else []

@@ -175,6 +175,21 @@ def draw_points(names, xs, ys, xlabel, ylabel, path):
     save(figure, path)
 
 
+def draw_tradeoff(rows, chosen, path):
+    """The kept score against rsum of mixtures of weights. rows: {"share", "rsum", "kept"} each; chosen: one of them."""
+    figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
+    axes.plot([row["rsum"] for row in rows], [row["kept"] for row in rows], "-o", color=DARK, markersize=4)
+    for row, name in ((rows[0], "before"), (rows[-1], "after")):
+        axes.annotate(name, (row["rsum"], row["kept"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    axes.plot(chosen["rsum"], chosen["kept"], "o", color=GREEN, markersize=11, fillstyle="none", markeredgewidth=2)
+    axes.annotate(f"kept: {chosen['share']:.0%} after", (chosen["rsum"], chosen["kept"]), xytext=(6, -16))
+    axes.texts[-1].set(anncoords="offset points", fontsize=9, color=GREEN)
+    axes.set(xlabel="rsum on the validation images", ylabel="what the model could do before (%)")
+    axes.margins(0.15)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def draw_lines(panels, xlabel, ylabel, path):
     """Small panels of the same scale side by side. panels: {title: {line: (xs, ys)}}, two lines at most."""
     columns = min(4, len(panels))

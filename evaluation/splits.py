@@ -1,0 +1,69 @@
+"""Which images and captions a run is scored on, and their similarities."""
+
+from pathlib import Path
+
+from captions import SPLITS, image_positions, load_captions, training_images
+from config import is_model_name, load_run
+from embedding import file_features, text_features, token_ids
+from evaluation.retrieval import similarities
+from utils.errors import UserError
+
+
+def embed_rows(opened, rows, skip_bad, num_workers):
+    """Embeds the images and captions of some rows.
+
+    opened: (model, device, dtype), from `embedding.open_model`. rows: from `select_rows`.
+    Returns (similarity, image_of_text, captions, paths): the (m, n) cosines of m captions with n images, the (m,) index of each
+    caption's image, the m captions, and the paths of the n images.
+    """
+    (model, device, dtype), (table, image_dir, num_skipped) = opened, rows
+    names, _ = image_positions(table)
+    I_f, bad = file_features(model, [image_dir / name for name in names], device, dtype, num_workers, skip_bad)
+    table = table[~table["image"].isin([names[position] for position in bad])]
+    names, image_of_text = image_positions(table)
+    captions = list(table["caption"])
+    T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
+    if num_skipped or bad:
+        print(f"left out: {num_skipped} rows, {len(bad)} pictures")
+    return similarities(model, I_f, T_f, device), image_of_text, captions, [image_dir / name for name in names]
+
+
+def select_rows(run, data_paths, split, skip_bad):
+    """The captions of a split; val and test without images that the run was trained on.
+
+    data_paths: (data_dir, image_path, captions_path); if all are empty, the data that the run was trained on.
+    Returns (table, image_dir, number of unusable rows that were left out). Raises UserError if the table would be empty.
+    """
+    config = None if is_model_name(run) else load_run(run)["config"]
+    own_data = not any(data_paths)
+    if own_data:
+        if not config:
+            raise UserError(f"--run {run}: has no data of its own; name a data set with --data-dir")
+        data_paths = config.data_dir, config.image_path, config.captions_path
+    table, image_dir, skipped = load_captions(*data_paths, skip_bad=skip_bad)
+    of_split = table if split == "all" else table[table["split"] == split]
+    if of_split.empty:
+        counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
+        raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all scores every image")
+    if config and split != "train":
+        of_split = without_training_images(run, of_split, split)
+    elif config and config.train_images and own_data:  # of this data the run saw these only
+        of_split = of_split[of_split["image"].isin(training_images(Path(run) / SPLITS, table))]
+    return of_split, image_dir, len(skipped)
+
+
+def without_training_images(run, table, split):
+    """A table without the images that a run was trained on, which would make the score too good. Prints how many.
+
+    With --split all they stay in. Raises UserError if no image remains.
+    """
+    trained = training_images(Path(run) / SPLITS, table)
+    if trained and split == "all":
+        print(f"{len(trained):,} of these images were trained on, so this is no score on new images")
+        return table
+    if trained:
+        print(f"left out: {len(trained):,} images of the {split} split, which this run was trained on")
+        table = table[~table["image"].isin(trained)]
+    if table.empty:
+        raise UserError(f"--split {split}: {run} was trained on all of these images; score it on other images")
+    return table

@@ -1,0 +1,110 @@
+"""What fine-tuning forgets: a score of what the model could do before, and mixtures of old and new weights that keep it.
+
+WiSE-FT (Wortsman et al. 2022, arXiv:2109.01903): weights between those before and those after fine-tuning often have most of
+the new skill and most of the old.
+"""
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from captions import image_positions, load_captions
+from clip import save_weights
+from embedding import file_features, text_features, token_ids
+from evaluation.retrieval import score
+from evaluation.zeroshot import find_pictures, top1_accuracy
+from training import distributed
+from training.checkpoint import best_rsum, has_checkpoint
+from training.report import recalls_line, validate
+from utils.files import atomic_write
+from utils.plots import draw_tradeoff
+
+TRADEOFF = "tradeoff.csv"  # in the run folder; says which mixture was kept
+MIXTURES = 11  # shares of the new weights, from 0 to 1
+
+
+def kept_score(model, config, device, dtype):
+    """How well a model does what the Config wants it to keep, in percent; None where it names nothing.
+
+    For --keep-folder it is the zero-shot top-1 accuracy; for --keep-data the mean R@1 of both directions, over its validation
+    images where it has some, else over all. Raises UserError for a folder without classes or captions.
+    """
+    if config.keep_folder:
+        classes, templates = find_pictures(config.keep_folder, flag="--keep-folder"), [config.keep_template]
+        return top1_accuracy(model, classes, templates, device, dtype, config.num_workers, config.skip_bad)
+    if not config.keep_data:
+        return None
+    table, image_dir, _ = load_captions(config.keep_data, skip_bad=config.skip_bad)
+    rows = table[table["split"] == "val"] if "val" in set(table["split"]) else table
+    names, image_of_text = image_positions(rows)
+    I_f, _ = file_features(model, [image_dir / name for name in names], device, dtype, config.num_workers)
+    T_f = text_features(model, token_ids(model.tokenizer, rows["caption"]), device, dtype)
+    scores = score(model, I_f, T_f, image_of_text, device)
+    return (scores["image_to_text"]["R@1"] + scores["text_to_image"]["R@1"]) / 2
+
+
+@dataclass
+class Start:
+    """What a run starts from. rsum: of its heads, or of a whole model; -1 where there are neither. kept: its `kept_score`."""
+
+    rsum: float
+    kept: float | None = None
+    weights: dict | None = None  # a state dict, for --wise-ft
+
+
+def score_start(config, model, splits, device, dtype):
+    """The Start of a run. A whole model is scored before its first step, printed, and saved as the best so far."""
+    run_dir = Path(config.run_dir)
+    if not config.model:
+        return Start(best_rsum(run_dir / "heads"), kept_score(model, config, device, dtype))
+    scores, kept = validate(model, splits["val"], config, device, dtype), kept_score(model, config, device, dtype)
+    print(f"before the first step: {recalls_line(scores)}" + ("" if kept is None else f"  kept {kept:.1f}%"), flush=True)
+    if distributed.is_main_process() and not has_checkpoint(run_dir):
+        save_weights(model, run_dir)
+    weights = {name: value.clone() for name, value in model.state_dict().items()} if config.wise_ft else None
+    return Start(scores["rsum"], kept, weights)
+
+
+def mix(before, after, share):
+    """The weights between two state dicts: before + share (after - before); integers are those after."""
+    return {name: before[name].lerp(value, share) if value.is_floating_point() else value for name, value in after.items()}
+
+
+def choose(rows, largest_loss):
+    """The row with the best rsum among those that lose at most a share of the kept score. rows: the first is that before."""
+    least = (1 - largest_loss) * rows[0]["kept"]
+    return max((row for row in rows if row["kept"] >= least), key=lambda row: (row["rsum"], row["kept"]))
+
+
+@torch.no_grad()
+def keep_best_mixture(model, before, split, config, device, dtype):
+    """Scores MIXTURES of the weights before training and the model's, and gives it the one that `choose` does.
+
+    before: a state dict. split: the validation images. Writes tradeoff.csv and tradeoff.png into the run folder, and the chosen
+    weights. Prints which it is.
+    """
+    after, rows, run_dir = {name: value.clone() for name, value in model.state_dict().items()}, [], Path(config.run_dir)
+    for number in range(MIXTURES):
+        share = number / (MIXTURES - 1)
+        model.load_state_dict(mix(before, after, share))
+        rsum = validate(model, split, config, device, dtype)["rsum"]
+        rows.append({"share": share, "rsum": rsum, "kept": kept_score(model, config, device, dtype)})
+    chosen = choose(rows, config.wise_ft_share)
+    model.load_state_dict(mix(before, after, chosen["share"]))
+    print(
+        f"mixture: {chosen['share']:.0%} of the new weights, rsum {chosen['rsum']:.1f} (new {rows[-1]['rsum']:.1f}, old "
+        f"{rows[0]['rsum']:.1f}), kept {chosen['kept']:.1f}% (new {rows[-1]['kept']:.1f}%, old {rows[0]['kept']:.1f}%)"
+    )
+    if distributed.is_main_process():
+        save_weights(model, run_dir)
+        atomic_write(run_dir / TRADEOFF, lambda path: write_rows(path, rows, chosen))
+        draw_tradeoff(rows, chosen, run_dir / "tradeoff.png")
+
+
+def write_rows(path, rows, chosen):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [*rows[0], "chosen"])
+        writer.writeheader()
+        writer.writerows(row | {"chosen": "yes" if row is chosen else ""} for row in rows)
