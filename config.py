@@ -347,14 +347,15 @@ def refuse_late_preset(arguments):
 
 def main_help(preset, every_flag):
     """The help of main.py: the presets, and the flags of daily use or every flag, with a preset's own defaults."""
-    notes = [f"  {name:15}{what:51}{data:10}{minutes}" for name, (what, data, minutes) in PRESET_NOTES.items()]
     lines = [f"usage: {USAGE}", "", "Trains CLIP on captioned pictures.", ""]
-    lines += ["Presets (what is trained; on what; minutes on two CPU cores):", *notes]
-    lines.append("-: not measured, needs a model hub. With no preset: flickr8k if its pictures are found, else shapes.")
     if preset == "open_clip":
-        lines += ["", "Some models for --model (for whom; million parameters; published R@1 of Flickr30k, text to image):"]
+        lines += ["Models for --model (for whom; million parameters; published R@1 of Flickr30k, text to image):"]
         lines += [f"  {name:43}{who:28}{millions:>5}{recall:>7}" for name, (who, millions, recall) in SUGGESTED.items()]
         lines.append('All: python -c "import open_clip; print(*open_clip.list_pretrained(), sep=chr(10))"')
+    else:
+        lines.append("Presets (what is trained; on what; minutes on two CPU cores):")
+        lines += [f"  {name:15}{what:51}{data:10}{minutes}" for name, (what, data, minutes) in PRESET_NOTES.items()]
+        lines.append("-: not measured, needs a model hub. With no preset: flickr8k if its pictures are found, else shapes.")
     flags = dataclass_flags(resolve_defaults(PRESETS[preset]))
     if every_flag:
         return "\n".join([*lines, "", f"All flags, with the values of the preset {preset}:", *flag_lines(flags)])

@@ -1,12 +1,11 @@
 """Send the figures of each epoch to experiment trackers: --report-to tensorboard wandb mlflow trackio.
 
-Their own settings, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI, hold. What TensorBoard and MLflow write lies in the run
-folder by default.
+Their own settings, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI, hold. What TensorBoard and Weights & Biases
+write lies in the run folder.
 """
 
 import dataclasses
 import importlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +53,6 @@ class Wandb:
 class MLflow:
     def __init__(self, package, run_dir, settings):
         self.mlflow = package
-        if "MLFLOW_TRACKING_URI" not in os.environ:
-            package.set_tracking_uri((run_dir / "mlruns").absolute().as_uri())
         package.set_experiment(PROJECT)
         package.start_run(run_name=run_dir.name)
         package.log_params(settings)

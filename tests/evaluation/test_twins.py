@@ -72,7 +72,7 @@ def scored(monkeypatch, embed_text, pairs):
     monkeypatch.setattr(twins, "text_features", lambda *_: torch.stack([embed_text(i) for i in range(n)]))
     monkeypatch.setattr(twins, "token_ids", lambda tokenizer, captions: captions)
     monkeypatch.setattr(twins, "project_and_normalize", lambda head, features, device: features)
-    encoder = SimpleNamespace(size=16)
+    encoder = SimpleNamespace(size=16, resize="shortest area")
     model = SimpleNamespace(image_encoder=encoder, image_projection=None, text_projection=None, tokenizer=None)
     return twins.twin_scores(model, pairs, CPU, FP32)
 
