@@ -203,7 +203,7 @@ def learn(
         lesson: name of the lesson
         seeds: each variant is trained once with each
         output: folder for the results; empty: runs/lessons/NAME, with -quick or -photographs behind it
-        quick: a few steps only, to see that it runs; the figures mean nothing
+        quick: a few steps of the first seed only, to see that it runs; the figures mean nothing
         force: train again what is trained already
         data_dir: folder of captioned photographs, for the lessons that can use them, instead of the drawn sample
         preset: preset of main.py for photographs; empty: fast
@@ -227,6 +227,7 @@ def learn(
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: name at least one, and each once")
     pick_device(device)
+    seeds = seeds[:1] if quick else seeds
     folder = Path(output or f"runs/lessons/{lesson}{'-photographs' if data_dir else ''}{'-quick' if quick else ''}")
     given = {"device": device} | (photographs(data_dir, weights_dir) if data_dir else {})
     jobs = make_jobs(chosen, (preset or "fast") if data_dir else chosen.preset, given, seeds, folder, quick)

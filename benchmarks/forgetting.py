@@ -27,6 +27,7 @@ PROMPT = "a {} ."
 OLD_EPOCHS, NEW_EPOCHS = 36, 12
 WAYS = {  # name: settings of the fine-tuning
     "all weights": {"image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3},
+    "all weights, layer decay 0.7": {"image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3, "layer_decay": 0.7},
     "adapters of rank 8": {"lora_rank": 8, "image_encoder_lr": 4e-3, "text_encoder_lr": 4e-3, "head_lr": 1e-3},
 }
 

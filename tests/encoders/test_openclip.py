@@ -206,6 +206,10 @@ def test_a_fine_tuned_run_is_complete(family, tuned, families, sample, capsys):
     I_f, _ = file_features(model, paths, torch.device("cpu"), torch.float32)
     before, _ = clip.load(name_of(families, family), "cpu")
     start, _ = file_features(before, paths, torch.device("cpu"), torch.float32)
+    model.save_pretrained(folder.parent / f"{family}-saved")  # what a model hub would get
+    copy = clip.CLIPModel.from_pretrained(folder.parent / f"{family}-saved")
+    assert all(torch.equal(value, copy.state_dict()[name]) for name, value in model.state_dict().items())
+    assert str(folder) not in (folder.parent / f"{family}-saved" / "config.json").read_text()
     assert I_f.isfinite().all() and (model.logit_bias is not None) == (family == "siglip")
     history = (run / "history.csv").read_text()
     assert "epoch" in history and I_f.shape == start.shape

@@ -4,6 +4,7 @@ import csv
 import json
 import sqlite3
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,20 @@ def test_a_run_with_adapters_goes_on_with_the_same_weights(linear_run, tune, tmp
     assert all(torch.equal(value, again[name]) for name, value in last.items())
     resumed = clip.load(tmp_path / "tuned", "cpu")[0].state_dict()
     assert all(torch.equal(value, resumed[name]) for name, value in saved.items())
+
+
+def test_too_little_memory_is_said_before(tune, monkeypatch, capsys):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=1e6))
+    tune("--epochs", 1)
+    assert "GB of memory are needed, and 0.0 GB are free: lower --batch-size" in capsys.readouterr().out
+
+
+def test_micro_batches_train_adapters_alike(linear_run, tune, tmp_path):
+    flags = ("--model", linear_run, "--lora-rank", 4, "--image-feature-dropout", 0, "--text-feature-dropout", 0, "--steps", 2)
+    whole = torch.load(tune(*flags) / "last.pt", weights_only=True)["model"]
+    parts = torch.load(tune(*flags, "--micro-batch-size", 8) / "last.pt", weights_only=True)["model"]
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, atol=1e-4, rtol=1e-3, msg=name)
 
 
 # ---- rates -------------------------------------------------------------------------------------------------------

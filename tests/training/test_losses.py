@@ -85,6 +85,21 @@ def test_captions_of_one_image_are_right_together_by_hand():
     assert of(Objective("sigmoid", "image"), targets=same, bias=torch.tensor(-1.0)) == pytest.approx(expected, abs=1e-6)
 
 
+def test_several_captions_are_all_right_for_the_sigmoid_loss():
+    """The mean over the k square matrices is that of the whole (n, k n) matrix with k right captions per image."""
+    torch.manual_seed(0)
+    n, k, scale, bias = 4, 3, torch.tensor(1.2), torch.tensor(-3.0)
+    I_e, T_e = F.normalize(torch.randn(n, 5), dim=1), F.normalize(torch.randn(n * k, 5), dim=1)
+    rounds = T_e.unflatten(0, (n, k)).unbind(1)
+    found = sum(Objective("sigmoid").batch_loss(I_e, T_k, scale, bias) for T_k in rounds) / k
+    total = 0.0
+    for image in range(n):
+        for caption in range(n * k):
+            logit = (scale.exp() * I_e[image] @ T_e[caption] + bias).item()
+            total += math.log(1 + math.exp(-logit if caption // k == image else logit))
+    assert found.item() == pytest.approx(total / (n * k), rel=1e-5)
+
+
 OBJECTIVES = [Objective(loss) for loss in ("image", "text", "sigmoid", "bce")]
 OBJECTIVES += [Objective("softmax", targets) for targets in ("image", "smooth", "soft")] + [Objective("sigmoid", "image")]
 
