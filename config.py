@@ -453,7 +453,7 @@ def rules(config):
             "--freeze image or both, --image-unfreeze-from and --micro-batch-size"
         ),
     )
-    other = c.loss != "softmax" or c.targets != "pair" or not c.unique_images
+    other = c.loss not in ("auto", "softmax") or c.targets != "pair" or not c.unique_images
     yield joint and other, "--gan joint: goes with CLIP's own loss and targets and unique images; leave the other flags out"
     sides = f"--targets {c.targets}: are probabilities, and --loss {c.loss} takes each pair as right or wrong"
     yield c.loss in ("sigmoid", "bce") and c.targets in ("smooth", "soft"), sides

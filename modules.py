@@ -6,14 +6,13 @@ from timm.data import resolve_model_data_config
 from timm.layers import AttentionPool2d
 from torch import nn
 
-from encoders.build import SIZED_KINDS, sized_image_encoder, timm_encoder
+from encoders.build import SIZED_KINDS, plain_config, sized_image_encoder, timm_encoder
 from encoders.convolution import speed_up
 from encoders.stages import multi_stage_features, multi_stage_width
 from utils.errors import UserError
 from utils.images import AREA
 
 BUCKET = 32  # captions per forward pass on a CPU
-FILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # in a configuration, not about the model
 
 
 class ImageEncoder(nn.Module):
@@ -123,8 +122,7 @@ class TextEncoder(nn.Module):
         self.max_length = getattr(backbone.config, "max_position_embeddings", None) or 10**6
         causal = backbone.config.model_type != "cbow" and self.is_causal()  # no token of a bag of words sees another
         self.pooling = pooling if pooling != "auto" else "last" if causal else "mean"
-        config = {key: value for key, value in backbone.config.to_dict().items() if key not in FILE_KEYS}
-        self.architecture = {"config": config, "pooling": self.pooling, "layers": layers}
+        self.architecture = {"config": plain_config(backbone.config), "pooling": self.pooling, "layers": layers}
 
     @torch.no_grad()
     def is_causal(self):

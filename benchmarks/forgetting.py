@@ -2,9 +2,9 @@
 
     python benchmarks/forgetting.py [--seeds 0 1 2] [--output runs/forgetting]
 
-The preset paper learns the sample in four of its colours, and is then fine-tuned on scenes in the other four, in three ways: all
-weights, the text encoder and the heads, and adapters. The old score is the zero-shot accuracy over the 24 pairs of an old colour
-and a shape; the new one is recall on the new validation images. What is trained already is not trained again.
+The preset paper learns the sample in four of its colours, and is then fine-tuned on scenes in the other four, in three ways:
+all weights, the text encoder and the heads, and adapters. The old score is the zero-shot accuracy over the 24 pairs of an old
+colour and a shape; the new one is recall on the new validation images. What is trained already is not trained again.
 """
 
 import contextlib

@@ -19,6 +19,8 @@ from utils.errors import UserError
 RESNET_STRIDE = 32  # input pixels per position of the last feature map of the paper's ResNet
 SIZED_KINDS = ("vit", "mixer", "modified_resnet")  # image encoders that can be built in any size
 
+FILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # in a configuration, not about the model
+
 transformers.logging.set_verbosity_error()  # else it warns of unused weights and missing heads
 transformers.logging.disable_progress_bar()
 logging.getLogger("timm").setLevel(logging.CRITICAL)  # its errors are also raised as exceptions
@@ -123,6 +125,11 @@ def random_text_config(model_type, width, layers, heads, vocab_size, max_length)
         if hasattr(config, feed_forward):
             setattr(config, feed_forward, 4 * width)
     return config
+
+
+def plain_config(config):
+    """A Hugging Face configuration as plain values, without what is not about the model."""
+    return {key: value for key, value in config.to_dict().items() if key not in FILE_KEYS}
 
 
 def load_pretrained(auto_class, name, **options):

@@ -21,7 +21,7 @@ import transformers
 from torch import nn
 
 from config import OPEN_CLIP, OPENAI
-from encoders.build import load_pretrained
+from encoders.build import load_pretrained, plain_config
 from encoders.hub import from_hub
 from encoders.tokenizer import CleaningTokenizer, configure_tokenizer, openai_tokenizer
 from utils.errors import UserError
@@ -80,9 +80,11 @@ def load_open_clip(name, size=0):
     tokenizer, clean = open_clip_tokenizer(name, found["text_cfg"], local)
     architecture = {"name": model, "clean": clean, "pad_id": tokenizer.padding["pad_id"]}
     architecture["model"] = {key: found[key] for key in MODEL_KEYS if key in found}
+    found["text_cfg"].pop("hf_tokenizer_name", None)  # a name on a hub, or a path, which a run folder does not need
     if "hf_model_name" in found["text_cfg"]:
         source = local if local and (local / "config.json").exists() else found["text_cfg"]["hf_model_name"]
-        architecture["hf_config"] = fetch(transformers.AutoConfig, source, name, "configuration").to_dict()
+        architecture["hf_config"] = plain_config(fetch(transformers.AutoConfig, source, name, "configuration"))
+        found["text_cfg"]["hf_model_name"] = Path(found["text_cfg"]["hf_model_name"]).name
     # Weights without a tag are most likely made with the preprocessing of the model's first one.
     likely = tag or next((open_clip.get_pretrained_cfg(model, t) for t in open_clip.list_pretrained_tags_by_model(model)), {})
     base = asdict(open_clip.transform.PreprocessCfg())

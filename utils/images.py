@@ -183,7 +183,7 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_t
 
 def decoded_bytes(paths, size, resize=AREA):
     """About how many bytes pictures take when they are decoded, from at most NUM_MEASURED of them, evenly spaced."""
-    some = read_images(paths[:: -(-len(paths) // NUM_MEASURED)], size, resize=resize)
+    some = read_images(paths[:: -(-len(paths) // NUM_MEASURED)], size, 0, resize)
     sizes = [image.nbytes for image, _ in some if image is not None]
     return len(paths) * sum(sizes) / max(1, len(sizes))
 
