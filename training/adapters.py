@@ -28,11 +28,18 @@ def add_adapters(model, rank):
 
 
 def layers_to_adapt(backbone):
-    """The names of the linear layers and attentions of a module; what is inside an attention belongs to it."""
-    attentions = [name for name, module in backbone.named_modules() if isinstance(module, torch.nn.MultiheadAttention)]
-    inside = tuple(f"{name}." for name in attentions)
-    linear = [name for name, module in backbone.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))]
-    return attentions + [name for name in linear if not name.startswith(inside)]
+    """The names of the linear layers and attentions of a module; what is inside an attention belongs to it.
+
+    Left out are layers whose weights open_clip reads without calling them, as an adapter would have no effect there, and
+    attentions whose keys have another width than their queries, which peft does not support.
+    """
+    modules = dict(backbone.named_modules())
+    attentions = [name for name, module in modules.items() if isinstance(module, torch.nn.MultiheadAttention)]
+    pools = [name for name, module in modules.items() if type(module).__module__ == "open_clip.modified_resnet"]
+    inside = tuple(f"{name}." for name in (*attentions, *pools) if name)
+    attentions = [name for name in attentions if modules[name]._qkv_same_embed_dim]
+    linear = [name for name, module in modules.items() if isinstance(module, (torch.nn.Linear, Conv1D))]
+    return attentions + [name for name in linear if not name.startswith(inside) and name != "text_projection"]
 
 
 def merged(model):

@@ -23,6 +23,7 @@ from embedding import file_features, text_features, token_ids
 from encoders.openclip import split_name
 from encoders.tokenizer import openai_tokenizer, train_tokenizer
 from search.export import export_onnx
+from training.adapters import add_adapters, merged
 from utils.errors import UserError
 from utils.images import center_crop, read_image, resize_image
 
@@ -171,6 +172,30 @@ def test_pixels_of_real_photographs_are_open_clips(real_photographs):
         found = torch.from_numpy(center_crop(read_image(path, 224, "shortest bicubic"), 224)).permute(2, 0, 1)
         mean, std = (255 * torch.tensor(values).view(3, 1, 1) for values in (PreprocessCfg().mean, PreprocessCfg().std))
         torch.testing.assert_close((found - mean) / std, transform(Image.open(path)), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "coca", "hugging-face", "mobile"])
+def test_each_adapter_of_a_family_matters_and_merges(family, families):
+    model, _ = clip.load(name_of(families, family), "cpu")
+    size, text = model.image_encoder.size, clip.tokenize(SHORT)
+    image = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(image, text)[0]
+        add_adapters(model, 2)
+        torch.testing.assert_close(model.eval()(image, text)[0], before, atol=1e-5, rtol=1e-5)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.05)
+    logits = model(image, text)[0]
+    logits.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if "lora_" in name)
+    torch.testing.assert_close(merged(model)(image, text)[0], logits, atol=1e-3, rtol=1e-3)
+
+
+def test_openais_resnet_has_nothing_to_adapt(families):
+    model, _ = clip.load(name_of(families, "resnet"), "cpu")
+    with pytest.raises(UserError, match="the image encoder has no linear layers"):
+        add_adapters(model, 2)
 
 
 @pytest.fixture
