@@ -204,9 +204,21 @@ def whole_model(config):
     else:
         model, _ = load(config.model, "cpu")
         model.run_dir = None  # what is saved is another run
+        if config.num_projection_layers and isinstance(model.image_projection.projection, nn.Identity):
+            add_identity_heads(model)
+    for part in ("image", "text"):
+        getattr(model, f"{part}_projection").feature_dropout.p = getattr(config, f"{part}_feature_dropout")
     model.image_encoder.pretrained = not config.model.endswith("@random")
     set_scale_and_bias(model, config)
     return model
+
+
+def add_identity_heads(model):
+    """Gives a model without heads linear ones that change nothing at first."""
+    width = model.image_encoder.width
+    model.image_projection, model.text_projection = ProjectionHead(width, width), ProjectionHead(width, width)
+    for head in (model.image_projection, model.text_projection):
+        nn.init.eye_(head.projection.weight)
 
 
 def open_clip_model(parts, tokenizer, architecture, config=None):
@@ -218,12 +230,9 @@ def open_clip_model(parts, tokenizer, architecture, config=None):
         OpenClipImageEncoder(parts.visual, architecture),
         OpenClipTextEncoder(parts.text, architecture),
     )
-    layers = config.num_projection_layers if config else 0
-    dropouts = (config.dropout, config.image_feature_dropout, config.text_feature_dropout) if config else ()
-    model = CLIPModel(image_encoder, text_encoder, tokenizer, image_encoder.width, layers, *dropouts)
-    for head in (model.image_projection, model.text_projection):
-        if layers:
-            nn.init.eye_(head.projection.weight)
+    model = CLIPModel(image_encoder, text_encoder, tokenizer, image_encoder.width, layers=0)
+    if config and config.num_projection_layers:
+        add_identity_heads(model)
     model.logit_scale.data.copy_(parts.logit_scale)
     model.logit_bias = None if parts.logit_bias is None else nn.Parameter(parts.logit_bias)
     model.open_clip = architecture
@@ -232,9 +241,12 @@ def open_clip_model(parts, tokenizer, architecture, config=None):
 
 def settings_of_model(config, model):
     """The Config with what the model decides: its loss, where that is auto, is the one that it was trained with."""
-    if config.loss != "auto":
-        return config
-    return replace(config, loss="softmax" if model.logit_bias is None else "sigmoid")
+    loss = config.loss
+    if loss == "auto" and config.model and not is_model_name(config.model):
+        loss = load_run(config.model)["config"].loss
+    if loss == "auto":
+        loss = "softmax" if model.logit_bias is None else "sigmoid"
+    return replace(config, loss=loss)
 
 
 def create_image_encoder(config, weights, size=0):
@@ -263,6 +275,7 @@ def set_scale_and_bias(model, config):
     if config.loss == "sigmoid" and model.logit_bias is None:  # initial values as in section 3.2 of Zhai et al. 2023
         model.logit_scale.data.fill_(math.log(10))
         model.logit_bias = nn.Parameter(torch.tensor(-10.0))
+    model.logit_scale.requires_grad_(True)  # a model whose temperature was fixed can learn it now
     if config.temperature:
         model.logit_scale.data.fill_(-math.log(config.temperature))
         model.logit_scale.requires_grad_(False)

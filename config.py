@@ -72,19 +72,21 @@ class Config:
     unique_images: bool = True  # an image at most once per batch; no: batches drawn from all pairs of image and caption
     captions_per_image: int = 1  # captions sampled per image per step; the loss is the mean over them
     micro_batch_size: int = 0  # images that pass the encoders at once; fewer: less memory, same gradient; 0: all
-    loss: Loss = "auto"  # softmax: CLIP's; image, text: its sides; sigmoid: SigLIP's; bce: mean of n² pairs; auto: the model's
+    loss: Loss = (
+        "auto"  # softmax: CLIP's; image, text: one half of it; sigmoid: SigLIP's; bce: each pair by itself; auto: the model's
+    )
     targets: Targets = "pair"  # what is right: pair; image: all its captions; smooth: the pair mostly; soft: similar pairs, too
     temperature: float = 0.0  # fixed, at least 0.01; 0: learned, from 0.07 (sigmoid: 0.1) or a whole model's own
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
     head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both encoders are frozen, else 1e-3
-    layer_decay: float = 1.0  # what an encoder's rate is multiplied by per layer, from its last layer down
+    layer_decay: float = 1.0  # 0.7: each layer learns at 0.7 times the rate of the layer after it; 1: all at the encoder's rate
     weight_decay: float = 1e-3  # AdamW's, on weight matrices only
     warmup: float = 0.05  # share of all steps over which the learning rates rise from 0
     schedule: Literal["cosine", "plateau"] = "cosine"  # how the learning rates fall after the warm-up
     patience: int = 1  # plateau: epochs to wait for a better rsum before lowering the rates
     factor: float = 0.8  # plateau: what the rates are then multiplied by
-    early_stop: int = 0  # epochs without a better rsum after which training ends; 0: it never does
+    early_stop: int = 0  # stop after so many epochs in a row without a better rsum; 0: never
     ema_decay: float = 0.0  # per step, of a moving average of the weights, which is then scored and kept; 0: none
     image_drop_path: float = 0.0  # stochastic depth: how often the last layer is skipped, earlier ones less often
     hflip: bool = False  # flip half of the training crops, but not if a caption says left or right
@@ -99,11 +101,12 @@ class Config:
 
     # Fine-tuning a whole model
     lora_rank: int = 0  # train low-rank adapters of this rank instead of the encoders' weights; 0: the weights
-    keep_folder: str = ""  # folder with one subfolder of pictures per class, whose zero-shot accuracy is watched
+    keep_folder: str = ""  # folder with a subfolder of pictures per class; their zero-shot accuracy is printed after each epoch
+    keep_classes: str = ""  # file of the class names for keep_folder; empty: the names of its subfolders
     keep_template: str = "a photo of a {}."  # prompt for --keep-folder, with {} in place of the class name
-    keep_data: str = ""  # folder of captioned pictures, whose recall is watched
+    keep_data: str = ""  # folder of captioned pictures; their recall is printed after each epoch
     wise_ft: bool = False  # mix the weights before and after training, and keep the best mixture (tradeoff.png)
-    wise_ft_share: float = 0.05  # largest share of the watched score before training that the mixture may lose
+    wise_ft_share: float = 0.05  # how much of the old score a mixture may lose, as a share of it: 0.05 is from 60% to 57%
 
     # The run
     seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
@@ -145,7 +148,7 @@ ARCHITECTURE = (  # what defines the model
 FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed run keeps; no paths, as files may have moved
     *(name for name in ARCHITECTURE if name != "text_encoder"),
     *("freeze", "image_unfreeze_from", "gan", "seed", "loss", "temperature", "train_images", "steps"),
-    *("model", "lora_rank", "layer_decay"),
+    *("lora_rank", "layer_decay"),
 )
 OPEN_CLIP = "open_clip:"  # what the name of one of open_clip's models begins with
 OPENAI = {  # OpenAI's names of its models: what they are short for
@@ -263,11 +266,9 @@ PRESETS = {
         text_feature_dropout=0.0,
         image_encoder_lr=1e-5,
         text_encoder_lr=1e-5,
-        head_lr=1e-5,
         weight_decay=0.1,
         warmup=0.1,
         early_stop=3,
-        epochs=10,
     ),
     "shapes": SHAPES,
     "gpt2": replace(SHAPES, run_dir="runs/gpt2", text_encoder="gpt2", text_heads=8, text_encoder_lr=7e-4, epochs=28),
@@ -372,11 +373,16 @@ def resolve_defaults(config):
     """
     if is_model_name(config.model):  # without heads of its own; frozen encoders get linear ones, else nothing could learn
         layers = 1 if config.freeze == "both" else 0
-        config = replace(config, image_encoder=config.model, text_encoder="the same model's", num_projection_layers=layers)
+        name = OPENAI.get(config.model, config.model).partition("@")[0]
+        config = replace(config, image_encoder=name, text_encoder="the same model's", num_projection_layers=layers)
     elif config.model:
         source = load_run(config.model)["config"]
         config = replace(config, **{name: getattr(source, name) for name in ARCHITECTURE})
+        if config.freeze == "both":
+            config = replace(config, num_projection_layers=max(1, config.num_projection_layers))
     epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
+    if is_model_name(config.model):
+        epochs, head_lr = (60, 1e-3) if config.freeze == "both" else (10, 1e-5)
     return replace(
         config,
         epochs=config.epochs or epochs,
@@ -396,6 +402,7 @@ def heads_config(config, num_images):
     run_dir = Path(config.run_dir) / "heads"
     config = replace(config, resume=config.resume if (run_dir / "config.json").exists() else "no", run_dir=str(run_dir))
     config = replace(config, freeze="both", image_unfreeze_from="", gan="none", extra_data="", cached_crops=1, hflip=False)
+    config = replace(config, keep_folder="", keep_data="", report_to=())
     config = replace(config, captions_per_image=1, micro_batch_size=0, epochs=0, steps=0, batch_size=0, head_lr=0)
     config = resolve_defaults(config)
     return replace(config, batch_size=min(config.batch_size, num_images))
@@ -472,7 +479,10 @@ def rules(config):
     clip_text = "--text-encoder clip: has no weights of its own; pass --text-weights random, or --model ViT-B/32"
     yield c.text_encoder == "clip" and c.text_weights == "pretrained" and not c.model, clip_text
     parts = "--model: brings both encoders; leave --image-feature-stages, --text-feature-layers and --image-unfreeze-from out"
-    yield c.model and (c.image_feature_stages or c.text_feature_layers > 1 or c.image_unfreeze_from), parts
+    more_features = is_model_name(c.model) and (c.image_feature_stages or c.text_feature_layers > 1)
+    yield c.model and c.image_unfreeze_from or more_features, parts
+    itself = f"--run-dir {c.run_dir}: is the run that is fine-tuned; name another"
+    yield c.model and Path(c.model).resolve() == Path(c.run_dir).resolve(), itself
     fine_tuned = "--wise-ft, --lora-rank: are for a whole model; name one with --model"
     yield (c.wise_ft or c.lora_rank) and not c.model, fine_tuned
     yield c.wise_ft and not (c.keep_folder or c.keep_data), "--wise-ft: name what to keep, with --keep-folder or --keep-data"
@@ -488,7 +498,7 @@ def rules(config):
 def without_paths(config):
     """The Config with paths cut to their last part, for a copy of the run that leaves this machine."""
     places = ["data_dir", "image_path", "captions_path", "image_weights", "text_encoder", "extra_data", "run_dir", "cache_dir"]
-    places += ["model", "image_encoder", "keep_folder", "keep_data"]
+    places += ["model", "keep_folder", "keep_classes", "keep_data"]
     return replace(config, **{name: last_part(getattr(config, name)) for name in places})
 
 
@@ -517,7 +527,8 @@ def load_run(run_dir):
         settings = saved["config"] | {"resume": "no", "report_to": tuple(saved["config"].get("report_to", ()))}
         return {"config": Config(**settings), "encoders": saved["encoders"]}
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py") from None
+        hint = f", or write {OPEN_CLIP}{run_dir}" if "@" in str(run_dir) else ""
+        raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py{hint}") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
 

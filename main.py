@@ -26,13 +26,13 @@ from training.checkpoint import (
 )
 from training.data import fetch_data, load_splits, read_table, train_loader
 from training.feature_cache import activation_bytes, freeze_encoders
-from training.keeping import TRADEOFF, keep_best_mixture, kept_score, score_start
+from training.keeping import TRADEOFF, check_kept, keep_best_mixture, kept_score, score_start
 from training.optimization import is_stale
 from training.plan import print_plan, warn_of_memory
 from training.report import draw_generated_pictures, history_row, print_epoch, print_setup, validate, write_report
 from training.state import create_state
 from training.steps import train_epoch
-from training.trackers import Trackers
+from training.trackers import Trackers, load_package
 from utils.cache import cache_line, note_use
 from utils.device import make_deterministic, pick_device, pick_dtype, speed_up_cpu
 from utils.errors import UserError, at_sigterm, exit_terminated, run_command, to_user_error
@@ -122,6 +122,9 @@ def set_up(config):
         make_deterministic()
     device = pick_device(config.device)
     refuse_other_settings(config)
+    for name in config.report_to:
+        load_package(name)  # one that is missing is named before anything is decoded
+    check_kept(config)
     if distributed.is_main_process():
         remove_leftovers(config.cache_dir)
     torch.manual_seed(config.seed)
@@ -144,6 +147,7 @@ def main():
         words = shlex.join(sys.argv[1:])
         print(f"one of {gpus} GPUs is used; all: torchrun --nproc-per-node {gpus} main.py {words}", flush=True)
     if config.dry_run:
+        check_kept(config)
         return print_plan(config, flickr8k_dir)
     try:
         with at_sigterm(exit_terminated), contextlib.nullcontext() if distributed.rank() else lock_run_dir(config.run_dir):

@@ -93,7 +93,7 @@ class OpenClipImageEncoder(ImageEncoder):
         interpolation = "bilinear" if preprocess["interpolation"] == "bilinear" else "bicubic"  # as open_clip for any other
         self.resize = f"{preprocess['resize_mode']} {interpolation}"
         self.attention_pool, self.stage, self.activation_shape, self.feature_stages = False, None, None, ()
-        self.architecture = architecture["model"]["vision_cfg"] | {"resize": self.resize}
+        self.architecture = architecture["model"] | {"resize": self.resize}
         self.register_buffer("mean", 255 * torch.tensor(preprocess["mean"]).view(1, 3, 1, 1))
         self.register_buffer("std", 255 * torch.tensor(preprocess["std"]).view(1, 3, 1, 1))
 
@@ -178,9 +178,12 @@ class OpenClipTextEncoder(TextEncoder):
         cfg, self.pad_id = architecture["model"]["text_cfg"], architecture["pad_id"]
         self.max_length = cfg.get("context_length", 77)
         mask = getattr(text, "attn_mask", None)
+        if mask is not None:  # exp(-1e4) is 0, too, and a moving average of -inf would be no number
+            mask.clamp_(min=-1e4)
         self.causal = mask is not None and text.cls_emb is None and text.pool_type in ("argmax", "eos")
-        self.fills_up = not (self.causal or "hf_model_name" in cfg)  # the others' padding is seen, so it has to be there
-        self.architecture = cfg
+        # Others, such as SigLIP's, see the padding, so captions are filled up to the full length, as in their training.
+        self.fills_up = not (self.causal or "hf_model_name" in cfg)
+        self.architecture = architecture["model"] | {"hf_config": architecture.get("hf_config")}
 
     def pooled(self, input_ids, attention_mask):
         """input_ids: (n, l) -> (n, d_t). Padding follows from the ids."""

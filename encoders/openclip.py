@@ -56,6 +56,7 @@ def split_name(name):
         nearest = f"the nearest are {', '.join(close)}" if close else "open_clip.list_models() lists all"
         raise UserError(f"{name}: open_clip has no model {model!r}; {nearest}")
     tags = open_clip.list_pretrained_tags_by_model(model)
+    weights = str(Path(weights).expanduser()) if weights.startswith("~") else weights
     if weights in ("random", *tags) or weights and Path(weights).exists():
         return model, weights
     what = f"no weights {weights!r}, and no such file" if weights else "no weights are named; add @WEIGHTS"
@@ -76,6 +77,8 @@ def load_open_clip(name, size=0):
     given = json.loads((beside / CONFIG_FILE).read_text()) if Path(weights).exists() and (beside / CONFIG_FILE).exists() else {}
     found = deepcopy(given.get("model_cfg") or open_clip.get_model_config(model))
     found = model_config(found, tag, size)
+    if Path(weights).is_file() and torchscript_state(weights):  # OpenAI's own archives, which had this activation
+        found["quick_gelu"] = True
     local = beside if Path(weights).exists() else None
     tokenizer, clean = open_clip_tokenizer(name, found["text_cfg"], local)
     architecture = {"name": model, "clean": clean, "pad_id": tokenizer.padding["pad_id"]}
@@ -185,7 +188,7 @@ def read_weights(name, weights, tag, architecture, decoder):
     except (OSError, RuntimeError):
         raise UserError(
             f"{name}: its weights are neither on this machine nor available from a model hub; name a local checkpoint, "
-            f"{name.partition('@')[0]}@FILE"
+            f"{OPENAI.get(name, name).partition('@')[0]}@FILE"
         ) from None
     model = build_model(architecture, decoder)
     try:
@@ -209,10 +212,18 @@ def checkpoint_file(name, path):
 
 def plain_checkpoint(path, place):
     """The path of a checkpoint that open_clip reads; the tensors of OpenAI's TorchScript archives are written to `place`."""
-    try:
-        state = torch.jit.load(path, map_location="cpu").state_dict()
-    except (RuntimeError, ValueError):
+    state = torchscript_state(path)
+    if state is None:
         return str(path)
-    state = {key: value for key, value in state.items() if key not in ("input_resolution", "context_length", "vocab_size")}
     torch.save(state, place)
     return str(place)
+
+
+def torchscript_state(path):
+    """The tensors of a TorchScript archive; None for any other file."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # TorchScript is deprecated
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+    except (RuntimeError, ValueError):
+        return None
+    return {key: value for key, value in state.items() if key not in ("input_resolution", "context_length", "vocab_size")}

@@ -16,6 +16,7 @@ from utils.plots import draw_points
 
 NUM_TIMED, ROUNDS = 128, 3  # pictures and captions that are embedded for the speeds, and how often
 COLUMNS = {  # key of a row: (heading, digits)
+    "images": ("images", 0),
     "rsum": ("rsum", 1),
     "image_to_text": ("R@1 image to text", 1),
     "text_to_image": ("R@1 text to image", 1),
@@ -35,6 +36,7 @@ def compare(
     captions_path: str = "",
     split: Literal["train", "val", "test", "all"] = "val",
     images: str = "",
+    classes: str = "",
     template: tuple[str, ...] = ("a photo of a {}.",),
     skip_bad: bool = False,
     num_workers: int = 4,
@@ -52,6 +54,7 @@ def compare(
         captions_path: captions file, if it is not in data_dir
         split: which images to score; all: every image of the data set
         images: folder with one subfolder of pictures per class, for zero-shot accuracy
+        classes: file of all class names, one per line; empty: the names of the subfolders
         template: prompts with {} in place of the class name; the embeddings of several are averaged
         skip_bad: leave out unusable rows and pictures instead of stopping
         num_workers: threads that decode pictures
@@ -62,18 +65,18 @@ def compare(
     """
     if len(set(run)) < 2:
         raise UserError("--run: name at least two models to compare")
-    classes = find_pictures(images) if images else None
+    pictures = find_pictures(images, classes) if images else None
     # All rows are read first, so that a missing run or data set is seen before the first model is scored.
     chosen = {name: select_rows(name, (data_dir, image_path, captions_path), split, skip_bad) for name in dict.fromkeys(run)}
-    results = {}
+    chosen, results = same_images(chosen), {}
     for name, rows in chosen.items():
         opened = open_model(name, device, precision)
         similarity, image_of_text, captions, paths = embed_rows(opened, rows, skip_bad, num_workers)
         scores = recall(similarity, image_of_text)
         row = {"images": len(paths), "rsum": scores["rsum"]}
         row |= {direction: scores[direction]["R@1"] for direction in ("image_to_text", "text_to_image")}
-        if classes:
-            row["top1"] = top1_accuracy(opened[0], classes, template, *opened[1:], num_workers, skip_bad)
+        if pictures:
+            row["top1"] = top1_accuracy(opened[0], pictures, template, *opened[1:], num_workers, skip_bad)
         results[name] = row | speeds(opened, paths, captions) | sizes(opened[0])
         print(f"{name}: rsum {row['rsum']:.1f}", flush=True)
     print("\n" + table(results))
@@ -82,6 +85,23 @@ def compare(
     print(f"drawn in {output}")
     if json_path:
         write_json(json_path, {"runs": results})
+
+
+def same_images(chosen):
+    """{run: rows of `splits.select_rows`} with the images that all have. Raises UserError where there are none.
+
+    Recall is higher among fewer images, so models can be compared on the same ones only.
+    """
+    paths = {name: {str(image_dir / image) for image in table["image"]} for name, (table, image_dir, _) in chosen.items()}
+    common = set.intersection(*paths.values())
+    if not common:
+        raise UserError("--run: these runs have no images in common; name one data set for all with --data-dir")
+    if any(len(images) > len(common) for images in paths.values()):
+        print(f"compared on the {len(common):,} images that no run was trained on and all have")
+    rows = {}
+    for name, (table, image_dir, skipped) in chosen.items():
+        rows[name] = table[[str(image_dir / image) in common for image in table["image"]]], image_dir, skipped
+    return rows
 
 
 def speeds(opened, paths, captions):

@@ -19,7 +19,7 @@ from utils.plots import draw_confusion
 WORDNET_ID = r"n\d{8}"  # names of ImageNet's class folders
 
 
-def class_names(folders, names_file=""):
+def class_names(folders, names_file="", flag="--classes"):
     """The names of the classes, and the label of each class folder.
 
     folders: names of class folders. Without a names file they are the class names, with underscores for spaces.
@@ -33,9 +33,9 @@ def class_names(folders, names_file=""):
     if not names_file:
         wordnet_ids = [folder for folder in folders if re.fullmatch(WORDNET_ID, folder)]
         if wordnet_ids:
-            raise UserError(f"{wordnet_ids[0]}: a WordNet id is not a class name; name the classes with --classes FILE")
+            raise UserError(f"{wordnet_ids[0]}: a WordNet id is not a class name; name the classes with {flag} FILE")
         return [plain(folder) for folder in folders], {folder: label for label, folder in enumerate(folders)}
-    text = read_text(names_file, "--classes")
+    text = read_text(names_file, flag)
     if Path(names_file).suffix == ".json":
         try:
             pairs = [tuple(pair) for _, pair in sorted(json.loads(text).items(), key=lambda item: int(item[0]))]
@@ -62,8 +62,8 @@ def plain(name):
     return name.replace("_", " ").strip()
 
 
-def find_pictures(images, names_file="", flag="--images"):
-    """The pictures of a folder that has one subfolder per class. flag: how messages call it.
+def find_pictures(images, names_file="", flag="--images", names_flag="--classes"):
+    """The pictures of a folder that has one subfolder per class. flag, names_flag: how messages call it, and the file.
 
     Returns (names, paths, labels): c class names, n picture paths, and the (n,) labels.
     Raises UserError if there are no class folders, fewer than two classes, or no pictures.
@@ -73,7 +73,7 @@ def find_pictures(images, names_file="", flag="--images"):
     folders = sorted(path.name for path in Path(images).iterdir() if path.is_dir() and not path.name.startswith("."))
     if not folders:
         raise UserError(f"{flag} {images}: no class folders there; put each class's pictures into a folder named after it")
-    names, label_of_folder = class_names(folders, names_file)
+    names, label_of_folder = class_names(folders, names_file, names_flag)
     if len(names) < 2:
         raise UserError(f"{flag} {images}: only the class {names[0]}; classification needs at least two")
     paths, labels = [], []
@@ -95,7 +95,7 @@ def classifier(model, names, templates, device, dtype):
     """
     for template in templates or [""]:
         if template.count("{}") != 1:
-            raise UserError(f"--template {template!r}: write {{}} in it once, in place of the class name")
+            raise UserError(f"template {template!r}: write {{}} in it once, in place of the class name")
     prompts = [template.replace("{}", name) for name in names for template in templates]
     T_f = text_features(model, token_ids(model.tokenizer, prompts), device, dtype)
     T_e = project_and_normalize(model.text_projection, T_f, device).view(len(names), len(templates), -1)  # (c, templates, d_e)

@@ -1,6 +1,7 @@
 """Low-rank adapters (LoRA; Hu et al. 2021, arXiv:2106.09685) in both encoders, through peft: --lora-rank."""
 
 import copy
+import warnings
 
 import peft
 import torch
@@ -24,7 +25,8 @@ def add_adapters(model, rank):
             raise UserError(f"--lora-rank {rank}: the {part.replace('_', ' ')} has no linear layers; leave the flag out")
         config = peft.LoraConfig(r=rank, lora_alpha=ALPHA * rank, target_modules=layers)
         encoder.pretrained = True  # so that BatchNorm statistics, which are not saved, stay as they are
-        encoder.backbone = peft.get_peft_model(encoder.backbone, config)
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # peft asks transformers for an older attribute
+            encoder.backbone = peft.get_peft_model(encoder.backbone, config)
 
 
 def layers_to_adapt(backbone):

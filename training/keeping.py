@@ -18,11 +18,27 @@ from evaluation.zeroshot import find_pictures, top1_accuracy
 from training import distributed
 from training.checkpoint import best_rsum, has_checkpoint
 from training.report import recalls_line, validate
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.plots import draw_tradeoff
 
 TRADEOFF = "tradeoff.csv"  # in the run folder; says which mixture was kept
 MIXTURES = 11  # shares of the new weights, from 0 to 1
+
+
+def kept_pictures(config):
+    """The classes, pictures and labels of --keep-folder. Raises UserError as `evaluation.zeroshot.find_pictures` does."""
+    return find_pictures(config.keep_folder, config.keep_classes, "--keep-folder", "--keep-classes")
+
+
+def check_kept(config):
+    """Raises UserError where what the Config wants the model to keep is not there, before anything is decoded."""
+    if config.keep_folder:
+        kept_pictures(config)
+        if config.keep_template.count("{}") != 1:
+            raise UserError(f"--keep-template {config.keep_template!r}: write {{}} in it once, in place of the class name")
+    if config.keep_data:
+        load_captions(config.keep_data, skip_bad=config.skip_bad)
 
 
 def kept_score(model, config, device, dtype):
@@ -32,8 +48,9 @@ def kept_score(model, config, device, dtype):
     images where it has some, else over all. Raises UserError for a folder without classes or captions.
     """
     if config.keep_folder:
-        classes, templates = find_pictures(config.keep_folder, flag="--keep-folder"), [config.keep_template]
-        return top1_accuracy(model, classes, templates, device, dtype, config.num_workers, config.skip_bad)
+        return top1_accuracy(
+            model, kept_pictures(config), [config.keep_template], device, dtype, config.num_workers, config.skip_bad
+        )
     if not config.keep_data:
         return None
     table, image_dir, _ = load_captions(config.keep_data, skip_bad=config.skip_bad)
@@ -47,7 +64,11 @@ def kept_score(model, config, device, dtype):
 
 @dataclass
 class Start:
-    """What a run starts from. rsum: of its heads, or of a whole model; -1 where there are neither. kept: its `kept_score`."""
+    """What a run starts from.
+
+    rsum: on the validation images before the first step, of a whole model or of heads that were trained first; -1 for random
+    weights. kept: the `kept_score` then.
+    """
 
     rsum: float
     kept: float | None = None
@@ -73,7 +94,7 @@ def mix(before, after, share):
 
 
 def choose(rows, largest_loss):
-    """The row with the best rsum among those that lose at most a share of the kept score. rows: the first is that before."""
+    """The row with the best rsum among those that lose at most a share of the kept score. rows: rows[0] is the old model."""
     least = (1 - largest_loss) * rows[0]["kept"]
     return max((row for row in rows if row["kept"] >= least), key=lambda row: (row["rsum"], row["kept"]))
 

@@ -76,7 +76,7 @@ def write_card(run_dir, config, model, splits, scores):
         cells = [side.replace("_", " "), *(f"{scores[side][column]:.1f}" for column in columns)]
         rows.append("| " + " | ".join(cells) + " |")
     text = CARD.format(
-        image=config.image_encoder,
+        image=last_part(config.image_encoder),
         text=last_part(config.text_encoder),
         width=model.image_projection.out_features,
         train=len(splits["train"].names),
@@ -84,12 +84,12 @@ def write_card(run_dir, config, model, splits, scores):
         val=len(splits["val"].names),
         data=Path(config.data_dir or config.captions_path).name,
         size=model.image_encoder.size,
-        image_weights=Path(config.image_weights).name,
-        text_weights=config.text_weights,
+        image_weights=last_part(config.model) or Path(config.image_weights).name,
+        text_weights=last_part(config.model) or config.text_weights,
         image_trained="frozen" if config.freezes("image") else "trained",
         text_trained="frozen" if config.freezes("text") else "trained",
-        image_licence=none if config.image_weights == "random" else licence,
-        text_licence=none if config.text_weights == "random" else "see their source",
+        image_licence=none if config.image_weights == "random" and not config.model else licence,
+        text_licence=none if config.text_weights == "random" and not config.model else "see their source",
         pooling=POOLINGS.get(model.text_encoder.pooling, "what it was trained with"),
         loss=LOSSES[config.loss],
         length=f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",

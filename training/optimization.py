@@ -34,8 +34,9 @@ def parameter_groups(model, config):
 def layers_above(encoder, prefix):
     """{name: how many layers of an encoder are above that of the parameter}. prefix: of the names.
 
-    A layer is what a name's first part that ends in a number says, as in blocks.3 or layer2. Parameters before the first such
-    name are one more layer, and those behind the last one, with the projection that open_clip names first, another.
+    A parameter's layer is its name up to the first part that ends in a digit: blocks.3.mlp.fc1.weight is in blocks.3, and conv1
+    is a layer, too. What comes before the first one is another layer, and so is what comes behind the last one, with the
+    projection that open_clip names first.
     """
     layers, layer_of, position = [], {}, 0
     for name, _ in encoder.named_parameters():

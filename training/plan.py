@@ -13,6 +13,7 @@ from dataset import pad
 from Datasets import shapes
 from embedding import IMAGE_BATCH, token_ids
 from encoders.stages import unfreeze_from
+from training import distributed
 from training.adapters import add_adapters
 from training.data import fetch_data, read_table, real_per_batch, require_batch
 from training.feature_cache import activation_bytes
@@ -154,7 +155,7 @@ def memory_bytes(config, model, table, total, trained, device, dtype):
     ids = max(token_ids(model.tokenizer, captions), key=len)
     model.to(device)
     few, more = (step_bytes(config, model, ids, count, device, dtype) for count in (2, 4))
-    size = config.micro_batch_size or config.batch_size
+    size = config.micro_batch_size or -(-config.batch_size // distributed.size())
     return weights, max(few + (more - few) / 2 * (size - 2), encode_bytes(model, device, dtype))
 
 

@@ -4,6 +4,7 @@ Their own settings, such as WANDB_MODE=offline or MLFLOW_TRACKING_URI, hold. Wha
 write lies in the run folder.
 """
 
+import contextlib
 import dataclasses
 import importlib
 from pathlib import Path
@@ -91,15 +92,24 @@ class Trackers:
     def __init__(self, config):
         settings, run_dir = dataclasses.asdict(config), Path(config.run_dir)
         names = config.report_to if distributed.is_main_process() else ()
-        self.trackers = {name: KINDS[name](load_package(name), run_dir, settings) for name in names}
+        self.trackers = {}
+        for name in names:
+            with self.not_fatal(name):
+                self.trackers[name] = KINDS[name](load_package(name), run_dir, settings)
+
+    @contextlib.contextmanager
+    def not_fatal(self, name):
+        try:
+            yield
+        except Exception as error:  # each package raises its own
+            reason = str(error).strip().split("\n")[0]
+            print(f"--report-to {name}: {reason}; it gets no more figures")
+            self.trackers.pop(name, None)
 
     def each(self, call):
         for name, tracker in list(self.trackers.items()):
-            try:
+            with self.not_fatal(name):
                 call(tracker)
-            except Exception as error:  # each package raises its own
-                print(f"--report-to {name}: {error}; it gets no more figures")
-                del self.trackers[name]
 
     def log(self, row, config):
         """Sends a row of history.csv, and the learning rates at its last step."""

@@ -24,6 +24,7 @@ from encoders.openclip import split_name
 from encoders.tokenizer import openai_tokenizer, train_tokenizer
 from search.export import export_onnx
 from training.adapters import add_adapters, merged
+from utils.cache import model_key
 from utils.errors import UserError
 from utils.images import center_crop, read_image, resize_image
 
@@ -215,6 +216,19 @@ def tuned(families, sample, tmp_path):
 RATES = [word for part in ("image-encoder", "text-encoder", "head") for word in (f"--{part}-lr", "1e-3")]
 
 
+def test_weights_of_a_causal_model_can_be_averaged(tuned):
+    model, _ = clip.load(tuned("clip", *RATES, "--ema-decay", "0.5", "--epochs", "2"), "cpu")
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+
+
+def test_models_of_other_activations_have_other_cache_keys(families):
+    parts = [clip.load(f"open_clip:{name}@random", "cpu")[0] for name in ("ViT-S-32", "ViT-S-32")]
+    parts[1].load_state_dict(parts[0].state_dict())
+    assert model_key(parts[0]) == model_key(parts[1])
+    parts[1].image_encoder.architecture = parts[1].image_encoder.architecture | {"quick_gelu": True}
+    assert "embed_dim" in parts[0].image_encoder.architecture and model_key(parts[0]) != model_key(parts[1])
+
+
 @pytest.mark.parametrize("family", ["siglip", "coca", "hugging-face"])
 def test_a_fine_tuned_run_is_complete(family, tuned, families, sample, capsys):
     run = tuned(family, *RATES)
@@ -249,6 +263,8 @@ def test_frozen_encoders_get_heads_that_change_nothing_at_first(families, tuned,
         torch.testing.assert_close(model.encode_image(image), alone.encode_image(image))
     run = tuned("clip", "--freeze", "both", *RATES)
     weights, _ = clip.load(run, "cpu")
+    again = resolve_defaults(replace(PRESETS["open_clip"], model=str(run), freeze="both"))
+    assert clip.create_model(again, []).image_projection.projection.weight.shape == (48, 48)
     for name, value in alone.image_encoder.state_dict().items():
         assert torch.equal(weights.image_encoder.state_dict()[name], value), name
 
@@ -338,6 +354,7 @@ def test_openais_own_archives_are_read(families, tmp_path):
     archive.register_buffer("input_resolution", torch.tensor(32))  # which OpenAI's archives hold, too
     torch.jit.save(torch.jit.script(archive), tmp_path / "archive.pt")
     loaded, _ = clip.load(f"open_clip:small-clip@{tmp_path / 'archive.pt'}", "cpu")
+    assert loaded.open_clip["model"]["quick_gelu"]  # whatever the model is called
     expected, _ = clip.load(name_of(families, "clip"), "cpu")
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in loaded.state_dict().items())
 

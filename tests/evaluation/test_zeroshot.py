@@ -85,7 +85,7 @@ def test_several_templates_are_averaged(run):
             embeddings = [F.normalize(model.encode_text(clip.tokenize(t.format(name))), dim=1)[0] for t in templates]
         mean = (embeddings[0] + embeddings[1]) / 2
         torch.testing.assert_close(row, mean / mean.norm(), atol=1e-5, rtol=1e-5)
-    with pytest.raises(UserError, match="--template 'a photo'"):
+    with pytest.raises(UserError, match="template 'a photo'"):
         classifier(model, names, ["a photo"], torch.device("cpu"), torch.float32)
 
 

@@ -17,7 +17,7 @@ from Datasets import shapes
 from training.adapters import add_adapters, describe_adapters, layers_to_adapt, merged
 from training.keeping import choose, kept_score, mix
 from training.optimization import is_stale, layers_above, parameter_groups
-from training.trackers import Trackers
+from training.trackers import Trackers, load_package
 from utils.errors import UserError
 
 
@@ -247,8 +247,13 @@ def test_what_does_not_improve_is_not_kept(run, tune, capsys):
     assert "best before fine-tuning, in" in capsys.readouterr().out
 
 
-def test_a_folder_without_classes_is_named(tune, tmp_path):
+def test_a_folder_without_classes_is_named(tune, run, classes, tmp_path):
     (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="--keep-template 'a': write {} in it once"):
+        tune("--keep-folder", classes, "--keep-template", "a")
+    with pytest.raises(UserError, match="is the run that is fine-tuned; name another"):
+        tune("--run-dir", run)
+    assert not (tmp_path / "tuned").exists()  # nothing was started
     with pytest.raises(UserError, match="--keep-folder .*empty: no class folders there"):
         tune("--keep-folder", tmp_path / "empty")
     with pytest.raises(UserError, match="nowhere: no run is there"):
@@ -282,6 +287,12 @@ def test_models_are_compared_by_recall_speed_and_size(run, linear_run, classes, 
     lines = capsys.readouterr().out.splitlines()
     table = [line.split()[0] for line in lines if line.startswith((f"{run} ", f"{other} "))]
     assert table == sorted((str(run), other), key=lambda name: -rows[name]["rsum"])  # the best comes first
+    capsys.readouterr()
+    shapes.draw(tmp_path / "other", train=32, val=8, test=8, seed=9)
+    flags = ["shapes", "--data-dir", tmp_path / "other", "--run-dir", tmp_path / "third", "--cache-dir", tmp_path / "cache"]
+    main.train(parse_config([*map(str, flags), "--epochs", "1", "--batch-size", "16", "--device", "cpu"], "shapes")[0])
+    with pytest.raises(UserError, match="no images in common; name one data set"):
+        evaluate_here("compare", "--run", run, tmp_path / "third", *places)
     with pytest.raises(UserError, match="at least two models"):
         evaluate_here("compare", "--run", run)
 
@@ -332,7 +343,7 @@ def test_a_missing_package_and_a_tracker_that_fails_are_one_line(tmp_path, monke
     config = replace(parse_config(["shapes"], "shapes")[0], report_to=("wandb",), run_dir=str(tmp_path))
     monkeypatch.setattr("training.trackers.PACKAGES", {"wandb": "no_such_package"})
     with pytest.raises(UserError, match="--report-to wandb: pip install wandb"):
-        Trackers(config)
+        load_package("wandb")
     trackers = Trackers(replace(config, report_to=()))
 
     class Broken:
