@@ -179,13 +179,13 @@ def draw_tradeoff(rows, chosen, path):
     """The kept score against rsum of mixtures of weights. rows: {"share", "rsum", "kept"} each; chosen: one of them."""
     figure, axes = plt.subplots(figsize=(6, 4.4), layout="constrained")
     axes.plot([row["rsum"] for row in rows], [row["kept"] for row in rows], "-o", color=DARK, markersize=4)
-    for row, name in ((rows[0], "before"), (rows[-1], "after")):
-        axes.annotate(name, (row["rsum"], row["kept"]), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    for row, name, place in ((rows[0], "old weights", (-4, -16)), (rows[-1], "new weights", (6, -4))):
+        axes.annotate(name, (row["rsum"], row["kept"]), xytext=place, textcoords="offset points", fontsize=9)
     axes.plot(chosen["rsum"], chosen["kept"], "o", color=GREEN, markersize=11, fillstyle="none", markeredgewidth=2)
-    axes.annotate(f"kept: {chosen['share']:.0%} after", (chosen["rsum"], chosen["kept"]), xytext=(6, -16))
-    axes.texts[-1].set(anncoords="offset points", fontsize=9, color=GREEN)
-    axes.set(xlabel="rsum on the validation images", ylabel="what the model could do before (%)")
-    axes.margins(0.15)
+    label, point = f"chosen: {chosen['share']:.0%} new", (chosen["rsum"], chosen["kept"])
+    axes.annotate(label, point, xytext=(10, 4), textcoords="offset points", fontsize=9, color=GREEN)
+    axes.set(xlabel="rsum on the new validation images", ylabel="what the model could do before (%)")
+    axes.margins(x=0.25, y=0.15)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, path)
 
