@@ -66,7 +66,7 @@ class Config:
 
     # Training
     heads_first: bool = True  # first train only the heads, on frozen pretrained encoders, in RUN_DIR/heads
-    epochs: int = 0  # passes over the training images; 0: 60 if both encoders are frozen, else 8
+    epochs: int = 0  # passes over the training images; 0: 60 if both encoders are frozen, else 8 (pretrained model: 10)
     batch_size: int = 0  # images per step, each with the others as negatives; 0: 1000 if both are frozen, else 128
     steps: int = 0  # training steps; 0: as many as the epochs have
     unique_images: bool = True  # an image at most once per batch; no: batches drawn from all pairs of image and caption
@@ -79,7 +79,7 @@ class Config:
     temperature: float = 0.0  # fixed, at least 0.01; 0: learned, from 0.07 (sigmoid: 0.1) or a whole model's own
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
-    head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both encoders are frozen, else 1e-3
+    head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both are frozen, else 1e-3 (pretrained model: 1e-3, 1e-5)
     layer_decay: float = 1.0  # 0.7: each layer learns at 0.7 times the rate of the layer after it; 1: all at the encoder's rate
     weight_decay: float = 1e-3  # AdamW's, on weight matrices only
     warmup: float = 0.05  # share of all steps over which the learning rates rise from 0
@@ -292,6 +292,10 @@ DAILY_FLAGS = (  # those that --help shows
     *("data_dir", "image_encoder", "size", "text_encoder", "freeze", "epochs", "batch_size"),
     *("head_lr", "seed", "device", "run_dir", "dry_run", "resume"),
 )
+OPEN_CLIP_FLAGS = (  # and those of a pretrained model
+    *("data_dir", "model", "freeze", "epochs", "batch_size", "micro_batch_size", "lora_rank", "keep_folder", "wise_ft"),
+    *("head_lr", "seed", "device", "run_dir", "dry_run", "resume"),
+)
 
 
 def is_model_name(name):
@@ -360,7 +364,8 @@ def main_help(preset, every_flag):
     flags = dataclass_flags(resolve_defaults(PRESETS[preset]))
     if every_flag:
         return "\n".join([*lines, "", f"All flags, with the values of the preset {preset}:", *flag_lines(flags)])
-    daily = [replace(flag, group="") for flag in flags if flag.name.replace("-", "_") in DAILY_FLAGS]
+    names = OPEN_CLIP_FLAGS if preset == "open_clip" else DAILY_FLAGS
+    daily = [replace(flag, group="") for flag in flags if flag.name.replace("-", "_") in names]
     lines += ["", f"Flags of daily use, with the values of the preset {preset}:", *flag_lines(daily)]
     return "\n".join([*lines, "", "All flags: python main.py [PRESET] --help-all"])
 
