@@ -74,7 +74,7 @@ def load_open_clip(name, size=0):
     model, weights = split_name(name)
     tag = open_clip.get_pretrained_cfg(model, weights)
     beside = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-    given = json.loads((beside / CONFIG_FILE).read_text()) if Path(weights).exists() and (beside / CONFIG_FILE).exists() else {}
+    given = read_config(beside / CONFIG_FILE) if Path(weights).exists() else {}
     found = deepcopy(given.get("model_cfg") or open_clip.get_model_config(model))
     found = model_config(found, tag, size)
     if Path(weights).is_file() and torchscript_state(weights):  # OpenAI's own archives, which had this activation
@@ -96,6 +96,14 @@ def load_open_clip(name, size=0):
         raise UserError(f"{name}: pads its pictures to a square, which is not supported; choose another model")
     architecture["preprocess"] = preprocess
     return read_weights(name, weights, tag, architecture, found.get("multimodal_cfg")), tokenizer, architecture
+
+
+def read_config(path):
+    """What open_clip wrote beside a checkpoint; {} where there is no such file. Raises UserError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); restore or remove it") from None
 
 
 def model_config(found, tag, size):

@@ -67,13 +67,9 @@ def has_adapters(model):
 
 def describe_adapters(model, rank):
     """A line on how many parameters train, and the memory that AdamW takes for them."""
-    total = sum(weight.numel() for weight in merged_shapes(model))
+    total = sum(weight.numel() for name, weight in model.named_parameters() if "lora_" not in name)
     trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
     return (
         f"adapters of rank {rank}: {trained / 1e6:.2f} of {total / 1e6:.1f} million parameters are trained; AdamW keeps "
         f"{8 * trained / 1e6:.0f} MB for them instead of {8 * total / 1e6:,.0f}"
     )
-
-
-def merged_shapes(model):
-    return [weight for name, weight in model.named_parameters() if "lora_" not in name]

@@ -67,11 +67,10 @@ class Start:
     """What a run starts from.
 
     rsum: on the validation images before the first step, of a whole model or of heads that were trained first; -1 for random
-    weights. kept: the `kept_score` then.
+    weights.
     """
 
     rsum: float
-    kept: float | None = None
     weights: dict | None = None  # a state dict, for --wise-ft
 
 
@@ -79,13 +78,13 @@ def score_start(config, model, splits, device, dtype):
     """The Start of a run. A whole model is scored before its first step, printed, and saved as the best so far."""
     run_dir = Path(config.run_dir)
     if not config.model:
-        return Start(best_rsum(run_dir / "heads"), kept_score(model, config, device, dtype))
+        return Start(best_rsum(run_dir / "heads"))
     scores, kept = validate(model, splits["val"], config, device, dtype), kept_score(model, config, device, dtype)
     print(f"before the first step: {recalls_line(scores)}" + ("" if kept is None else f"  kept {kept:.1f}%"), flush=True)
     if distributed.is_main_process() and not has_checkpoint(run_dir):
         save_weights(model, run_dir)
     weights = {name: value.clone() for name, value in model.state_dict().items()} if config.wise_ft else None
-    return Start(scores["rsum"], kept, weights)
+    return Start(scores["rsum"], weights)
 
 
 def mix(before, after, share):

@@ -1,7 +1,7 @@
 """open_clip's models under their names, and OpenAI's calls, against open_clip's own modules, tokenizers and preprocessing."""
 
 import json
-import time
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +20,7 @@ import main
 from captions import load_captions
 from config import OPENAI, PRESETS, SUGGESTED, load_run, parse_config, resolve_defaults, validate
 from embedding import file_features, text_features, token_ids
-from encoders.openclip import split_name
+from encoders.openclip import build_open_clip, split_name
 from encoders.tokenizer import openai_tokenizer, train_tokenizer
 from search.export import export_onnx
 from training.adapters import add_adapters, merged
@@ -222,11 +222,15 @@ def test_weights_of_a_causal_model_can_be_averaged(tuned):
 
 
 def test_models_of_other_activations_have_other_cache_keys(families):
-    parts = [clip.load(f"open_clip:{name}@random", "cpu")[0] for name in ("ViT-S-32", "ViT-S-32")]
-    parts[1].load_state_dict(parts[0].state_dict())
-    assert model_key(parts[0]) == model_key(parts[1])
-    parts[1].image_encoder.architecture = parts[1].image_encoder.architecture | {"quick_gelu": True}
-    assert "embed_dim" in parts[0].image_encoder.architecture and model_key(parts[0]) != model_key(parts[1])
+    model, _ = clip.load(name_of(families, "clip"), "cpu")
+    keys = set()
+    for quick_gelu in (True, False):
+        architecture = deepcopy(model.open_clip)
+        architecture["model"]["quick_gelu"] = quick_gelu
+        other = clip.open_clip_model(build_open_clip(architecture), model.tokenizer, architecture)
+        other.load_state_dict(model.state_dict())
+        keys |= {model_key(other.image_encoder), model_key(other.text_encoder)}
+    assert len(keys) == 4  # the weights are the same
 
 
 @pytest.mark.parametrize("family", ["siglip", "coca", "hugging-face"])
@@ -316,14 +320,15 @@ def test_names_and_checkpoints_that_do_not_fit_are_named(families, tmp_path):
     ]:
         with pytest.raises(UserError, match=expected):
             clip.load(name, "cpu")
+    (tmp_path / "open_clip_config.json").write_text("{")
+    with pytest.raises(UserError, match="open_clip_config.json: damaged"):
+        clip.load(f"open_clip:small-siglip@{tmp_path}", "cpu")
 
 
-def test_no_network_is_one_line_in_seconds():
-    started = time.perf_counter()
+def test_no_network_is_one_line():
     for name in ("open_clip:ViT-B-16-SigLIP2@webli", "ViT-B/32", "open_clip:roberta-ViT-B-32@laion2b_s12b_b32k"):
         with pytest.raises(UserError, match="neither on this machine nor available from a model hub"):
             clip.load(name, "cpu")
-    assert time.perf_counter() - started < 60  # the libraries alone try for minutes
 
 
 def test_openais_names_stand_for_open_clips(no_model_loaded):
