@@ -86,6 +86,7 @@ class Config:
     schedule: Literal["cosine", "plateau"] = "cosine"  # how the learning rates fall after the warm-up
     patience: int = 1  # plateau: epochs to wait for a better rsum before lowering the rates
     factor: float = 0.8  # plateau: what the rates are then multiplied by
+    shard_optimizer: bool = False  # in several processes: each keeps AdamW's averages of its share of the weights only
     early_stop: int = 0  # stop after so many epochs in a row without a better rsum; 0: never
     ema_decay: float = 0.0  # per step, of a moving average of the weights, which is then scored and kept; 0: none
     image_drop_path: float = 0.0  # stochastic depth: how often the last layer is skipped, earlier ones less often

@@ -2,12 +2,15 @@
 
 import contextlib
 import math
+import os
 import shlex
 import sys
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise DistributedDataParallel warns of what is as it should be
 
 import torch
 
@@ -69,7 +72,6 @@ def train(config):
     if config.lora_rank:
         add_adapters(model, config.lora_rank)
         print(describe_adapters(model, config.lora_rank))
-    distributed.broadcast_parameters(model)
     if config.model:
         warn_of_memory(config, model, table, device, dtype)
 

@@ -95,13 +95,14 @@ def gradient_error(batch_size, micro_batch_size, cache_dir):
     model.train()
     num_parts = loader.batch_sampler.parts
     micro_batches = list(loader)[:num_parts]  # the loader gives each twice
+    embedder = gradient_cache.Embedder(model)
     device, scaler, gradients = torch.device("cpu"), torch.amp.GradScaler("cpu", enabled=False), []
     for cached in (True, False):
         model.zero_grad()
         if cached:
-            gradient_cache.backward(model, iter(micro_batches * 2), range(num_parts), device, torch.float32, scaler)
+            gradient_cache.backward(model, embedder, iter(micro_batches * 2), range(num_parts), device, torch.float32, scaler)
         else:
-            pairs = [gradient_cache.embed(model, b, device, torch.float32, s) for s, b in enumerate(micro_batches)]
+            pairs = [gradient_cache.embed(embedder, b, device, torch.float32, s) for s, b in enumerate(micro_batches)]
             I_e, T_e = (torch.cat(embeddings) for embeddings in zip(*pairs))
             contrastive_loss(model.logit_scale.exp() * I_e @ T_e.T).backward()
         gradients.append(torch.cat([parameter.grad.flatten().clone() for parameter in model.parameters()]))

@@ -129,7 +129,7 @@ def test_a_step_in_micro_batches(config, made, dtype, monkeypatch):
         scaler = torch.amp.GradScaler("cuda", enabled=False)
         no_gradient = torch.zeros(K * N, width, device=CUDA)
         monkeypatch.setattr(gradient_cache.distributed, "all_reduce_sum", lambda value: no_gradient if value is None else value)
-        loss = gradient_cache.backward(model, batches, [1, 2], CUDA, dtype, scaler)
+        loss = gradient_cache.backward(model, gradient_cache.Embedder(model), batches, [1, 2], CUDA, dtype, scaler)
         assert_on_gpu(loss)
     assert backwards == {CUDA: 2 * K + 2 * 2}  # of two chunks of rows for each caption, and of both micro-batches' embeddings
 

@@ -83,7 +83,10 @@ def load_optimizer(optimizer, saved):
 
     Raises ValueError where the saved state belongs to other parameters.
     """
-    groups = optimizer.state_dict()["param_groups"]
+    groups, count = [], 0  # not from its state_dict, which a sharded optimizer first has to gather
+    for group in optimizer.param_groups:
+        groups.append(group | {"params": list(range(count, count + len(group["params"])))})
+        count += len(group["params"])
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("its optimizer has other parameters")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

@@ -7,9 +7,11 @@ embeddings, not pictures:
     loss        each rank computes only those rows of the (n, n) logits that belong to its images and captions (section 2.5
                 of the CLIP paper)
     backward    the gradients of the embeddings are summed over the ranks; each rank backpropagates those of its shard
-                through the encoders; the parameters' gradients are summed, and all ranks take the same optimizer step
+                through the encoders, while torch's DistributedDataParallel sums the parameters' gradients; then all ranks
+                take the same optimizer step
 
-The result is the step of one process with the whole batch.
+The result is the step of one process with the whole batch. A BatchNorm that is trained on CPUs is the exception: it takes its
+statistics over each rank's shard, as over a micro-batch in one process (torch's SyncBatchNorm is for CUDA).
 """
 
 import contextlib
@@ -17,12 +19,14 @@ import datetime
 import io
 import os
 import sys
+import warnings
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from torch import nn
+from timm.layers import convert_sync_batchnorm
+from timm.utils import distribute_bn
+from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
 
@@ -121,30 +125,50 @@ def all_gather(rows):
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
 
 
-def broadcast_parameters(model):
-    """Copies the main process's weights to all ranks."""
-    if size() > 1:
-        for value in model.state_dict().values():
-            dist.broadcast(value, 0)
+def data_parallel(module):
+    """The module itself or, in several processes, one whose backward pass averages the parameters' gradients over the ranks.
+
+    The main process's weights and buffers are first copied to all ranks.
+    """
+    if size() == 1:
+        return module
+    # Statistics of BatchNorm differ between ranks until `average_batch_norm_statistics`; broadcasting them in each step instead
+    # would take those of one rank. Some text encoders have weights that no caption uses.
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # from torch 2.15 on another word for the first one
+        return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
 
-def all_reduce_gradients(model):
-    """Sums each parameter's .grad over the ranks."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if size() > 1 and gradients:
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
+def gradients_stay_here(module):
+    """A context in which a module of `data_parallel` adds gradients up without averaging them over the ranks."""
+    return module.no_sync() if isinstance(module, DistributedDataParallel) else contextlib.nullcontext()
 
 
-def average_batch_norm_statistics(model):
+def all_reduce_gradients(parameters):
+    """Sums the .grad of some parameters that are not in a `data_parallel` module over the ranks."""
+    for parameter in parameters:
+        if size() > 1 and parameter is not None and parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+
+
+def synchronize_batch_norm(encoder, device):
+    """The encoder with BatchNorm layers that, on CUDA, compute their statistics over the batch of all ranks."""
+    return convert_sync_batchnorm(encoder) if size() > 1 and device.type == "cuda" else encoder
+
+
+def average_batch_norm_statistics(*models):
     """Averages the BatchNorm layers' running statistics over the ranks."""
     if size() > 1:
-        for layer in model.modules():
-            if isinstance(layer, nn.BatchNorm2d) and layer.training:
-                for statistic in (layer.running_mean, layer.running_var):
-                    statistic.copy_(all_reduce_sum(statistic) / size())
+        for model in models:
+            distribute_bn(model, size(), reduce=True)
+
+
+def any_rank(value):
+    """Whether any rank passes True."""
+    if size() == 1:
+        return value
+    flag = torch.tensor(int(value))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def all_reduce_sum(value):
@@ -153,63 +177,3 @@ def all_reduce_sum(value):
         value = value.clone()
         dist.all_reduce(value)
     return value
-
-
-# ---- BatchNorm over all ranks ------------------------------------------------------------------------------------
-
-
-def synchronize_batch_norm(model):
-    """Makes trainable BatchNorm layers compute their statistics over the batch of all ranks.
-
-    torch's SyncBatchNorm is for CUDA only.
-    """
-    if size() > 1:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d) and module.affine:
-                module.__class__ = type(f"Shared{type(module).__name__}", (SynchronizedBatchNorm, type(module)), {})
-
-
-class SynchronizedBatchNorm:
-    """A mixin for BatchNorm2d and for timm's subclass of it, which applies an activation afterwards."""
-
-    def forward(self, x):
-        if not (self.training and self.track_running_stats):
-            return super().forward(x)
-        out, mean, variance, count = NormalizeOverRanks.apply(x, self.weight, self.bias, self.eps)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-        return self.act(self.drop(out)) if hasattr(self, "act") else out
-
-
-class NormalizeOverRanks(torch.autograd.Function):
-    """(x - mean) / sqrt(variance + eps) * weight + bias, over the pixels of all ranks; (n, c, h, w) and c channels.
-
-    Its backward pass is written by hand, with one all-reduce: autograd through the means is three times as slow on a CPU.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps):
-        values, pixels = x.float(), (0, 2, 3)
-        count = torch.tensor([x.numel() / x.shape[1]], device=x.device)
-        sums = all_reduce_sum(torch.cat([values.sum(pixels), values.square().sum(pixels), count]))
-        count = sums[-1]
-        mean, square = (sums[:-1] / count).chunk(2)
-        variance = (square - mean.square()).clamp(min=0)
-        ctx.save_for_backward(x, weight, mean, (variance + eps).rsqrt(), count)
-        out = F.batch_norm(x, mean, variance, weight, bias, eps=eps)
-        ctx.mark_non_differentiable(mean, variance, count)
-        return out, mean, variance, count
-
-    @staticmethod
-    def backward(ctx, gradient, *_):
-        x, weight, mean, scale, count = ctx.saved_tensors
-        values, gradient, pixels = x.float(), gradient.float(), (0, 2, 3)
-        bias_gradient = gradient.sum(pixels)
-        weight_gradient = ((gradient * values).sum(pixels) - mean * bias_gradient) * scale
-        # Each pixel contributes 1 / count to mean and variance, so the mean over all pixels is subtracted from its gradient.
-        mean_bias, mean_weight = (all_reduce_sum(torch.cat([bias_gradient, weight_gradient])) / count).chunk(2)
-        constant, slope = mean * scale * mean_weight - mean_bias, -scale * mean_weight
-        inner = torch.addcmul(gradient + constant[:, None, None], values, slope[:, None, None])
-        return (inner * (weight * scale)[:, None, None]).to(x.dtype), weight_gradient, bias_gradient, None

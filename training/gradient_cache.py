@@ -29,14 +29,28 @@ def frozen_batch_norm_statistics(model):
             layer.momentum = momentum
 
 
-def embed(model, batch, device, dtype, seed):
-    """A micro-batch of m images, k captions each -> L2-normalised (I_e, T_e), (m, d_e) and (k m, d_e). seed: of dropout."""
+class Embedder(nn.Module):
+    """A model's encoders and heads without its temperature: what `distributed.data_parallel` wraps."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.encoders = nn.ModuleList([model.image_encoder, model.text_encoder])
+        self.image_projection, self.text_projection = model.image_projection, model.text_projection
+        self.features = model.features
+
+    def forward(self, batch):
+        """A micro-batch of m images, k captions each -> L2-normalised (I_e, T_e), (m, d_e) and (k m, d_e)."""
+        I_f, T_f = self.features(batch)
+        I_e, T_e = self.image_projection(I_f), self.text_projection(T_f)
+        return F.normalize(I_e.float(), dim=1), F.normalize(T_e.float(), dim=1)
+
+
+def embed(embedder, batch, device, dtype, seed):
+    """What `Embedder` makes of a batch. seed: of dropout."""
     torch.manual_seed(seed)
     batch = {name: value.to(device, non_blocking=True) for name, value in batch.items()}
     with autocast(device, dtype):
-        I_f, T_f = model.features(batch)
-        I_e, T_e = model.image_projection(I_f), model.text_projection(T_f)
-    return F.normalize(I_e.float(), dim=1), F.normalize(T_e.float(), dim=1)
+        return embedder(batch)
 
 
 def loss_and_gradients(I_e, T_e, ids, model, objective, rows, scaler):
@@ -63,13 +77,13 @@ def loss_and_gradients(I_e, T_e, ids, model, objective, rows, scaler):
     return distributed.all_reduce_sum(total), gradient_i, gradient_t
 
 
-def backward(model, batches, seeds, device, dtype, scaler, objective=CLIP):
-    """Adds the gradient of one batch to the model's .grad and returns the loss, ().
+def backward(model, embedder, batches, seeds, device, dtype, scaler, objective=CLIP):
+    """Adds the gradient of one batch, of all ranks, to the model's .grad and returns the loss, ().
 
-    batches: an iterator over this rank's micro-batches, each a dict of `dataset.collate`. Unless there is only one, all are
-    given twice: for a forward pass without gradients, and for one with. seeds: of dropout, one per micro-batch, so that both
-    passes draw the same masks. BatchNorm layers in training mode normalise each micro-batch with its own statistics in both
-    passes, and update their running statistics once.
+    embedder: the model's `Embedder`, or its `distributed.data_parallel`. batches: an iterator over this rank's micro-batches,
+    each a dict of `dataset.collate`. Unless there is only one, all are given twice: for a forward pass without gradients, and
+    for one with. seeds: of dropout, one per micro-batch, so that both passes draw the same masks. BatchNorm layers in training
+    mode normalise each micro-batch with its own statistics in both passes, and update their running statistics once.
     """
     embedded, ids, once = [], [], len(seeds) == 1
     with contextlib.ExitStack() as stack:
@@ -77,16 +91,21 @@ def backward(model, batches, seeds, device, dtype, scaler, objective=CLIP):
             stack.enter_context(torch.no_grad())
             stack.enter_context(frozen_batch_norm_statistics(model))
         for seed, batch in zip(seeds, batches):
-            embedded.append(embed(model, batch, device, dtype, seed))
+            embedded.append(embed(embedder, batch, device, dtype, seed))
             ids.append(batch["image_id"])
-    rows = max(len(I_e) for I_e, _ in embedded)
+    sizes, rows = [len(I_e) for I_e, _ in embedded], max(len(I_e) for I_e, _ in embedded)
     I_e, T_e = (torch.cat(embeddings).detach() for embeddings in zip(*embedded))
-    ids = torch.cat(ids).to(I_e.device)
-    loss, gradient_i, gradient_t = loss_and_gradients(I_e, T_e, ids, model, objective, rows, scaler)
+    ids, k = torch.cat(ids).to(I_e.device), len(T_e) // len(I_e)
+    loss, *gradients = loss_and_gradients(I_e, T_e, ids, model, objective, rows, scaler)
+    distributed.all_reduce_gradients([model.logit_scale, model.logit_bias])
+    # data_parallel takes the mean over the ranks; the gradient is the sum.
+    gradient_i, gradient_t = (gradient * distributed.size() for gradient in gradients)
     if once:
         torch.autograd.backward(embedded[0], [gradient_i, gradient_t])
-    else:
-        k = len(T_e) // len(I_e)
-        for seed, *gradients in zip(seeds, gradient_i.split(rows), gradient_t.split(k * rows)):
-            torch.autograd.backward(embed(model, next(batches), device, dtype, seed), gradients)
+        return loss
+    parts = zip(seeds, gradient_i.split(sizes), gradient_t.split([k * m for m in sizes]))
+    for number, (seed, *part_gradients) in enumerate(parts, start=1):
+        stays = distributed.gradients_stay_here(embedder) if number < len(seeds) else contextlib.nullcontext()
+        with stays:
+            torch.autograd.backward(embed(embedder, next(batches), device, dtype, seed), part_gradients)
     return loss

@@ -3,6 +3,9 @@
 import math
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
+
+from training import distributed
 
 
 def parameter_groups(model, config):
@@ -54,8 +57,12 @@ def layers_above(encoder, prefix):
     return {f"{prefix}{name}": top - (top if layer is None else layer) for name, layer in layer_of.items()}
 
 
-def create_optimizer(groups, device):
-    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+def create_optimizer(groups, device, sharded=False):
+    """AdamW. sharded: each of several processes keeps the two averages of its share of the parameters only."""
+    options = {"fused": device.type in ("cpu", "cuda")}
+    if sharded and distributed.size() > 1:
+        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
+    return torch.optim.AdamW(groups, **options)
 
 
 def is_stale(rsums, start_rsum, epochs):

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip import CLIPModel, describe_encoders, save_weights
@@ -14,6 +15,7 @@ from generation.joint import Joint
 from training import distributed
 from training.adapters import merged
 from training.checkpoint import load_latest, load_optimizer, write_checkpoint, write_history
+from training.gradient_cache import Embedder
 from training.losses import Objective
 from training.optimization import create_optimizer, parameter_groups
 from utils.cache import cache_key, tensors_key
@@ -35,6 +37,9 @@ class TrainState:
     history: list = field(default_factory=list)  # a row for each finished epoch
     losses: list = field(default_factory=list)  # of each step of the current epoch: (2,), CLIP's loss and the total
 
+    def __post_init__(self):
+        self.embedder = distributed.data_parallel(Embedder(self.model))  # what a step in several processes runs
+
     @property
     def objective(self):
         return Objective(self.config.loss, self.config.targets)
@@ -53,14 +58,17 @@ class TrainState:
         self.history.append(row)
         self.losses = []
 
+    def average_batch_norm_statistics(self):
+        """Averages running statistics over the ranks, which each have seen their own pictures."""
+        distributed.average_batch_norm_statistics(self.model, *([self.average] if self.average else []))
+
     def save_epoch(self, best):
         """Writes an epoch's results, in the main process. best: whether to save its weights as the best ones."""
-        if not distributed.is_main_process():
-            return
         run_dir = Path(self.config.run_dir)
-        if best:
-            save_weights(merged(self.scored_model), run_dir)
-        write_history(run_dir / "history.csv", self.history)
+        if distributed.is_main_process():
+            if best:
+                save_weights(merged(self.scored_model), run_dir)
+            write_history(run_dir / "history.csv", self.history)
         self.save()  # last, so that after a kill the epoch is repeated and all is written
 
     def trained_tensors(self, module):
@@ -68,7 +76,14 @@ class TrainState:
         return {name: value for name, value in module.state_dict().items() if not is_frozen(name, self.config)}
 
     def save(self):
-        """Writes a checkpoint into the run folder. Raises UserError, and writes nothing, where a weight is not finite."""
+        """Writes a checkpoint into the run folder, in the main process; all ranks have to call it.
+
+        Raises UserError, and writes nothing, where a weight is not finite.
+        """
+        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+            self.optimizer.consolidate_state_dict(to=0)
+        if not distributed.is_main_process():
+            return
         run_dir, weights = Path(self.config.run_dir), self.trained_tensors(self.model)
         broken = next((name for name, value in weights.items() if not value.isfinite().all()), None)
         if broken:
@@ -131,10 +146,10 @@ def is_frozen(name, config):
 def create_state(config, model, splits, device, dtype):
     """The TrainState before the first step. splits: {"train": Split, "val": Split}."""
     average, joint = None, None
+    if not config.micro_batch_size:
+        model.image_encoder = distributed.synchronize_batch_norm(model.image_encoder, device)
     if config.ema_decay:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True)
-    if not config.micro_batch_size:
-        distributed.synchronize_batch_norm(model)
     if config.compile:
         model.image_encoder.compile()
         model.text_encoder.backbone.compile(dynamic=True)  # not the code around it, which groups captions by length
@@ -145,7 +160,7 @@ def create_state(config, model, splits, device, dtype):
     return TrainState(
         config=config,
         model=model,
-        optimizer=create_optimizer(groups, device),
+        optimizer=create_optimizer(groups, device, config.shard_optimizer),
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         average=average,
         joint=joint,

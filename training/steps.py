@@ -51,6 +51,7 @@ def train_epoch(state, loader, device, dtype, terminated):
             refuse_infinite_loss(recent, state.scaler, f"{desc}, step {step + 1}")
             progress.set_postfix(loss=f"{recent[:, 0].nanmean():.3f}")
         save_within_epoch(state, terminated)
+    state.average_batch_norm_statistics()
     losses = torch.stack(state.losses)[:, 0]
     return {"loss": losses.nanmean().item(), "lr_scale": scales[-1], "skipped_steps": int(losses.isnan().sum())}
 
@@ -80,9 +81,8 @@ def plain_step(state, batch, seed, device, dtype):
 
 def gradient_cached_step(state, batches, seeds, device, dtype):
     """As `plain_step`, in micro-batches or several processes, with the gradient of the whole batch; and for other losses."""
-    loss = gradient_cache.backward(state.model, batches, seeds, device, dtype, state.scaler, state.objective)
-    distributed.all_reduce_gradients(state.model)
-    distributed.average_batch_norm_statistics(state.model)
+    model, embedder = state.model, state.embedder
+    loss = gradient_cache.backward(model, embedder, batches, seeds, device, dtype, state.scaler, state.objective)
     return torch.stack([loss, loss]).detach()
 
 
@@ -115,10 +115,13 @@ def refuse_infinite_loss(recent, scaler, where):
 
 
 def save_within_epoch(state, terminated):
-    """Saves a checkpoint if one is due; after SIGTERM saves one in any case and ends the process."""
+    """Saves a checkpoint if one is due; after SIGTERM saves one in any case and ends the process, and all ranks with it."""
     due = state.config.save_every and len(state.losses) % state.config.save_every == 0
-    if distributed.is_main_process() and (due or terminated.is_set()):
+    ends = distributed.any_rank(terminated.is_set())
+    if due or ends:
+        state.average_batch_norm_statistics()
         state.save()
-    if distributed.is_main_process() and terminated.is_set():
-        print(f"terminated; continue with --resume --run-dir {state.config.run_dir}", file=sys.stderr)
+    if ends:
+        if distributed.is_main_process():
+            print(f"terminated; continue with --resume --run-dir {state.config.run_dir}", file=sys.stderr)
         exit_terminated()

@@ -17,20 +17,26 @@ from encoders.tokenizer import train_tokenizer
 from modules import ImageEncoder, TextEncoder
 from training import distributed
 from training.data import batch_loader
+from training.optimization import create_optimizer
 from training.state import TrainState
 from training.steps import train_epoch
 
 CPU, N, BATCH, STEPS = torch.device("cpu"), 140, 14, 10
 SCALER = torch.amp.GradScaler("cpu", enabled=False)
-RUNS = (  # micro-batch size, loss, targets
-    (0, "softmax", "pair"),
-    (2, "softmax", "pair"),
-    (2, "sigmoid", "image"),
-    (0, "image", "soft"),
+RUNS = (  # micro-batch size, loss, targets, image encoder
+    (0, "softmax", "pair", "vit"),
+    (2, "softmax", "pair", "vit"),
+    (2, "sigmoid", "image", "vit"),
+    (0, "image", "soft", "vit"),
 )
+SHARES = (0, "softmax", "pair", "test_resnet")  # a BatchNorm takes its statistics over each process's share of the batch
 
 
-def train_some(micro_batch_size, loss, targets):
+def plain_sgd(groups, device):
+    return torch.optim.SGD(groups, lr=0)
+
+
+def train_some(micro_batch_size, loss, targets, image_encoder, optimizer=plain_sgd):
     """(loss, weights, gradients) of a small model after ten steps, as the processes of this one's group take them together.
 
     Two captions of each image are sampled per step.
@@ -40,7 +46,7 @@ def train_some(micro_batch_size, loss, targets):
     torch.manual_seed(0)
     text = transformers.AutoModel.from_config(random_text_config("clip", 32, 1, 2, 60, 16))
     tokenizer = train_tokenizer(["a red circle", "a blue square"], 60, 16)
-    model = CLIPModel(ImageEncoder("vit", size=32, sizes=(8, 32, 2, 2)), TextEncoder(text), tokenizer, 16)
+    model = CLIPModel(ImageEncoder(image_encoder, size=32, sizes=(8, 32, 2, 2)), TextEncoder(text), tokenizer, 16)
     model.logit_bias = nn.Parameter(torch.tensor(-2.0)) if loss == "sigmoid" else None
     images = list(np.random.default_rng(0).integers(256, size=(N, 32, 32, 3), dtype=np.uint8))
     texts = [torch.randint(1, 60, (4 + i % 5,)).tolist() for i in range(N)]
@@ -48,33 +54,18 @@ def train_some(micro_batch_size, loss, targets):
     captions_of = [[i, (i + 1) % N] for i in range(N)]
     sampler = PairSampler(captions_of, BATCH, 0, micro_batch_size, ranks=ranks, captions_per_image=2)
     loader = batch_loader(CLIPDataset(images, texts, 32, 1.0), sampler, 0)
-    optimizer = torch.optim.SGD([{"params": list(model.parameters()), "base_lr": 1e-2}], lr=0)
+    groups = [{"params": list(model.parameters()), "base_lr": 1e-2 if image_encoder == "vit" else 1e-3}]
+    optimizer = optimizer(groups, CPU)
     config = Config(schedule="plateau", warmup=0, epochs=1, loss=loss, targets=targets)  # a constant rate
     state = TrainState(config, model, optimizer, SCALER, average=None, joint=None, data_key="", frozen_key="")
     loss = train_epoch(state, loader, CPU, torch.float32, threading.Event())["loss"]
     return loss, model.state_dict(), {name: parameter.grad for name, parameter in model.named_parameters()}
 
 
-def normalise_some(layer):
-    """(output, gradients, statistics) of a BatchNorm, of this process's rows of 14 pictures."""
-    torch.manual_seed(0)
-    x, weight = torch.randn(BATCH, 3, 5, 5, requires_grad=True), torch.randn(BATCH, 3, 5, 5)
-    net = nn.Sequential(layer)
-    distributed.synchronize_batch_norm(net)
-    own = distributed.shard(BATCH)
-    rows = slice(own.start, own.stop)
-    out = net(x[rows])
-    (out * weight[rows]).sum().backward()
-    distributed.all_reduce_gradients(net)
-    gradients = [distributed.all_reduce_sum(x.grad), layer.weight.grad, layer.bias.grad]
-    return distributed.all_gather(out.detach()), gradients, [layer.running_mean, layer.running_var]
-
-
 def be_one_of(rank, size, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
     torch.set_num_threads(1)
-    trained = [train_some(*run) for run in RUNS]
-    torch.save((trained, normalise_some(nn.BatchNorm2d(3))), folder / f"{rank}.pt")
+    torch.save([train_some(*run) for run in (*RUNS, SHARES)], folder / f"{rank}.pt")
     distributed.destroy_distributed()
 
 
@@ -82,20 +73,64 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
+def without_statistics(weights):
+    return {name: value for name, value in weights.items() if "running_" not in name and "num_batches" not in name}
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_steps_of_several_processes_are_those_of_one(forked, size, tmp_path):
-    """Of batches of 14 four processes have unequal shares, and of the 7 micro-batches two have; fp32, ten steps."""
+    """Of batches of 14 four processes have unequal shares, and of the 7 micro-batches two have; fp32, ten steps.
+
+    A BatchNorm's running statistics are averaged over the processes, and so differ from those of one process.
+    """
     for process in [forked(be_one_of, rank, size, tmp_path) for rank in range(size)]:
         process.join()
     expected = [train_some(*run) for run in RUNS]
-    normalised = normalise_some(nn.BatchNorm2d(3))  # alone, so torch's own
-    for rank in range(size):
-        found, found_normalised = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        for (loss, weights, gradients), (loss_of_one, weights_of_one, gradients_of_one) in zip(found, expected):
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    if size == 2:  # one process gets the shares as micro-batches
+        expected.append(train_some(BATCH // 2, *SHARES[1:]))
+    for of_rank in found:
+        for (loss, weights, gradients), (loss_of_one, weights_of_one, gradients_of_one) in zip(of_rank, expected):
             assert loss == pytest.approx(loss_of_one, rel=1e-6, abs=1e-6)
-            assert_close(weights, weights_of_one)
+            assert_close(without_statistics(weights), without_statistics(weights_of_one))
             assert_close(gradients, gradients_of_one)
-        torch.testing.assert_close(found_normalised, normalised, atol=1e-5, rtol=1e-5)
+    for (_, weights, _), (_, others, _) in zip(found[0], found[-1]):  # all ranks have the same, to the bit
+        assert all(torch.equal(value, others[name]) for name, value in weights.items())
+
+
+def be_one_with_a_sharded_optimizer(rank, size, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+    torch.set_num_threads(1)
+    results = []
+    for sharded in (False, True):
+        made = []
+
+        def create(groups, device, sharded=sharded, made=made):
+            made.append(create_optimizer(groups, device, sharded))
+            return made[0]
+
+        _, weights, _ = train_some(*RUNS[0], optimizer=create)
+        kept = sum(value.numel() for state in made[0].optim.state.values() for value in state.values()) if sharded else 0
+        if sharded:
+            made[0].consolidate_state_dict(to=0)
+        averages = made[0].state_dict()["state"] if rank == 0 or not sharded else {}
+        results.append((weights, averages, kept))
+    torch.save(results, folder / f"{rank}.pt")
+    distributed.destroy_distributed()
+
+
+def test_a_sharded_optimizer_takes_the_same_steps_and_its_averages_are_gathered(forked, tmp_path):
+    for process in [forked(be_one_with_a_sharded_optimizer, rank, 2, tmp_path) for rank in range(2)]:
+        process.join()
+    kept = []
+    for rank in range(2):
+        (weights, averages, _), (sharded_weights, gathered, held) = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert all(torch.equal(value, sharded_weights[name]) for name, value in weights.items())
+        if rank == 0:
+            torch.testing.assert_close(gathered, averages, atol=0, rtol=0)
+        kept.append(held)
+    whole = sum(value.numel() for state in averages.values() for value in state.values())
+    assert sum(kept) == whole and max(kept) < 0.7 * whole
 
 
 def test_the_processes_see_each_image_once_between_them():

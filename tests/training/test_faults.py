@@ -217,11 +217,11 @@ def die_in_a_step(number):
     """This process is killed when the gradients are about to be summed."""
     all_reduce_gradients = distributed.all_reduce_gradients
 
-    def dying(model):
+    def dying(parameters):
         STEPS.append(None)
         if len(STEPS) == number:
             os.kill(os.getpid(), signal.SIGKILL)
-        all_reduce_gradients(model)
+        all_reduce_gradients(parameters)
 
     distributed.all_reduce_gradients = dying
 
@@ -238,12 +238,13 @@ def free_port():
         return listener.getsockname()[1]
 
 
-def test_a_dead_process_ends_the_others_and_all_go_on_together(start, tmp_path):
+@pytest.mark.parametrize("flags", [(), ("--shard-optimizer", "--save-every", "2")], ids=["whole", "sharded"])
+def test_a_dead_process_ends_the_others_and_all_go_on_together(start, tmp_path, flags):
     """Two processes as torchrun starts them; it would start them again with the same command, too."""
 
     def both(name, prepare):
         port = free_port()
-        started = [start(name, "--resume", "auto", prepare=prepare, values=[rank, port]) for rank in range(2)]
+        started = [start(name, "--resume", "auto", *flags, prepare=prepare, values=[rank, port]) for rank in range(2)]
         for process, _ in started:
             process.join(60)
         return [process.exitcode for process, _ in started]
