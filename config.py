@@ -25,7 +25,10 @@ RUN_FORMAT = 3  # of a run folder's config.json; a folder of another format is r
 @dataclass
 class Config:
     # Data
-    data_dir: str = ""  # folder with Images/ and a captions file; empty: where Flickr8k is usually found
+    data_dir: str = ""  # folder with Images/ and captions, shards as 'DIR/{00..99}.tar', or hf:NAME; empty: Flickr8k, if found
+    val_data: str = ""  # validation pictures for training on shards: a folder, shards, or hf:NAME:SPLIT
+    image_column: str = ""  # picture column of parquet files or hf:NAME; empty: found by its type
+    caption_column: str = ""  # caption column of parquet files or hf:NAME; empty: found by its name
     image_path: str = ""  # folder of the images, where it is not in data_dir
     captions_path: str = ""  # captions file, where it is not in data_dir
     download: bool = False  # download Kaggle's Flickr8k if it is not found (needs a network)
@@ -151,6 +154,7 @@ FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed r
     *("freeze", "image_unfreeze_from", "gan", "seed", "loss", "temperature", "train_images", "steps"),
     *("lora_rank", "layer_decay"),
 )
+HUB_PREFIX = "hf:"  # what the name of a data set on the Hugging Face hub begins with
 OPEN_CLIP = "open_clip:"  # what the name of one of open_clip's models begins with
 OPENAI = {  # OpenAI's names of its models: what they are short for
     name: f"{OPEN_CLIP}{name.replace('/', '-').replace('@336px', '-336')}-quickgelu@openai"
@@ -304,6 +308,11 @@ def is_model_name(name):
     return str(name).startswith(OPEN_CLIP) or name in OPENAI
 
 
+def is_stream(data):
+    """Whether a --data-dir or --val-data names shards or a hub's data set; else it is a folder."""
+    return data.startswith(HUB_PREFIX) or data.endswith((".tar", ".parquet"))
+
+
 def parse_config(arguments, default_preset):
     """The Config of a command line ([PRESET] [--flags]), and the name of its preset.
 
@@ -386,6 +395,8 @@ def resolve_defaults(config):
         config = replace(config, **{name: getattr(source, name) for name in ARCHITECTURE})
         if config.freeze == "both":
             config = replace(config, num_projection_layers=max(1, config.num_projection_layers))
+    if is_stream(config.data_dir):  # features of frozen encoders are not kept, so there is no cheap first stage
+        config = replace(config, heads_first=False)
     epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
     if is_model_name(config.model):
         epochs, head_lr = (60, 1e-3) if config.freeze == "both" else (10, 1e-5)
@@ -466,12 +477,21 @@ def rules(config):
             "--freeze image or both, --image-unfreeze-from and --micro-batch-size"
         ),
     )
-    other = c.loss not in ("auto", "softmax") or c.targets != "pair" or not c.unique_images
-    yield joint and other, "--gan joint: goes with CLIP's own loss and targets and unique images; leave the other flags out"
+    own_loss = c.loss in ("auto", "softmax") and c.targets == "pair" and c.unique_images
+    yield (
+        joint and not own_loss,
+        "--gan joint: goes with CLIP's own loss and targets and unique images; leave the other flags out",
+    )
     sides = f"--targets {c.targets}: are probabilities, and --loss {c.loss} takes each pair as right or wrong"
     yield c.loss in ("sigmoid", "bce") and c.targets in ("smooth", "soft"), sides
     repeated = "--no-unique-images: draws one caption at a time, from real images; leave the other flag out"
     yield not c.unique_images and (c.captions_per_image > 1 or c.extra_data), repeated
+    stream, shards = is_stream(c.data_dir), f"--data-dir {c.data_dir}: is read in shards"
+    yield stream and not c.val_data, f"{shards}; name validation pictures with --val-data, a folder or shards"
+    yield c.val_data and not stream, "--val-data: goes with shards; a folder's own lists name its validation images"
+    kept = "--image-unfreeze-from, --extra-data, --gan, --train-images and --no-unique-images need a folder; leave them out"
+    other = c.image_unfreeze_from or c.extra_data or joint or c.train_images or not c.unique_images
+    yield stream and other, f"{shards}; {kept}"
     yield c.flip_left_right and not c.hflip, "--flip-left-right: flips nothing without --hflip; add it"
     nothing = "--freeze both, --num-projection-layers 0: nothing but the temperature is left to train; leave one out"
     yield c.freezes("image") and c.freezes("text") and c.num_projection_layers == 0, nothing
@@ -503,13 +523,25 @@ def rules(config):
 
 def without_paths(config):
     """The Config with paths cut to their last part, for a copy of the run that leaves this machine."""
-    places = ["data_dir", "image_path", "captions_path", "image_weights", "text_encoder", "extra_data", "run_dir", "cache_dir"]
+    places = [
+        "data_dir",
+        "val_data",
+        "image_path",
+        "captions_path",
+        "image_weights",
+        "text_encoder",
+        "extra_data",
+        "run_dir",
+        "cache_dir",
+    ]
     places += ["model", "keep_folder", "keep_classes", "keep_data"]
     return replace(config, **{name: last_part(getattr(config, name)) for name in places})
 
 
 def last_part(name):
     """A path's last part; the name of a model on a hub, such as google-bert/bert-base-uncased, as it is."""
+    if name.startswith(HUB_PREFIX):
+        return name
     if name.startswith(OPEN_CLIP):
         model, at, weights = name.partition("@")
         return f"{model}{at}{Path(weights).name}"

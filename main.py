@@ -35,6 +35,7 @@ from training.plan import print_plan, warn_of_memory
 from training.report import draw_generated_pictures, history_row, print_epoch, print_setup, validate, write_report
 from training.state import create_state
 from training.steps import train_epoch
+from training.stream import open_stream
 from training.trackers import Trackers, load_package
 from utils.cache import cache_line, note_use
 from utils.device import make_deterministic, pick_device, pick_dtype, speed_up_cpu
@@ -46,18 +47,20 @@ def train(config):
     """A whole run: reads the data, trains, writes the run folder. Returns the model of the best epoch."""
     device, dtype = set_up(config)
     run_dir = Path(config.run_dir)
-    table, image_dir, skipped = read_table(config)
-    model = create_model(config, table["caption"][table["split"] == "train"])
+    with distributed.main_process_first():
+        stream = open_stream(config)
+        table, image_dir, skipped = read_table(config)
+    model = create_model(config, stream.captions if stream else table["caption"][table["split"] == "train"])
     config = settings_of_model(config, model)
     if config.image_unfreeze_from:
         unfreeze_from(model.image_encoder, config.image_unfreeze_from)
     with distributed.main_process_first():
         bytes_to_come = activation_bytes(config, model.image_encoder, table, dtype)
-        splits, bad = load_splits(config, table, image_dir, model, bytes_to_come)
+        splits, bad = load_splits(config, table, image_dir, model, bytes_to_come, stream)
     print_setup(config, model, splits, image_dir, len(skipped) + len(bad), device, dtype)
     with distributed.main_process_first():  # the other processes wait until an earlier run's folder is renamed
         if config.resume == "no":
-            start_run(config, model, table, skipped + bad)
+            start_run(config, model, table, skipped + bad + (stream.index.problems if stream else []))
 
     if trains_heads_first(config) and (config.resume == "no" or not has_checkpoint(run_dir)):
         print("heads first: only the projection heads are trained, on features from the two frozen encoders")
@@ -66,7 +69,7 @@ def train(config):
             save_weights(model, run_dir)  # the best so far; fine-tuning may not improve on it
     model.to(device, memory_format=torch.channels_last)
     with distributed.main_process_first():
-        note_use(run_dir, splits["train"].pictures.dataset.folder)
+        note_use(run_dir, splits["val"].pictures.dataset.folder)
         freeze_encoders(config, model, splits, image_dir, device, dtype)
     start = score_start(config, model, splits, device, dtype)
     if config.lora_rank:

@@ -3,9 +3,10 @@
 from pathlib import Path
 
 from captions import SPLITS, image_positions, load_captions, training_images
-from config import is_model_name, load_run
+from config import is_model_name, is_stream, load_run
 from embedding import file_features, text_features, token_ids
 from evaluation.retrieval import similarities
+from training.stream import validation_table
 from utils.errors import UserError
 
 
@@ -40,7 +41,10 @@ def select_rows(run, data_paths, split, skip_bad):
         if not config:
             raise UserError(f"--run {run}: has no data of its own; name a data set with --data-dir")
         data_paths = config.data_dir, config.image_path, config.captions_path
-    table, image_dir, skipped = load_captions(*data_paths, skip_bad=skip_bad)
+    if own_data and is_stream(config.data_dir):
+        table, image_dir, skipped = validation_table(config)
+    else:
+        table, image_dir, skipped = load_captions(*data_paths, skip_bad=skip_bad)
     of_split = table if split == "all" else table[table["split"] == split]
     if of_split.empty:
         counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)

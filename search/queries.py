@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from captions import load_captions, read_text
-from config import is_model_name, load_run
+from config import is_model_name, is_stream, load_run
 from embedding import file_embeddings, project_and_normalize, text_features, token_ids
 from search.gallery import find_pictures
 from search.index import top_k
+from training.stream import validation_table
 from utils.cache import cache_key, cached_tensor, model_key, note_use
 from utils.errors import UserError
 
@@ -85,7 +86,10 @@ def read_data(run):
     if is_model_name(run):
         raise UserError(f"--run {run}: has no pictures and captions of its own; name a folder of pictures with --images")
     config = load_run(run)["config"]
-    table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
+    if is_stream(config.data_dir):
+        table, image_dir, _ = validation_table(config)
+    else:
+        table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
     return table, image_dir
 
 

@@ -12,11 +12,12 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from captions import image_positions, load_captions, load_generated, mentions_left_or_right
-from config import SHAPES, generated_per_batch
+from config import SHAPES, generated_per_batch, is_stream
 from dataset import CLIPDataset, PairSampler, RepeatingSampler, collate
 from Datasets import flickr8k, shapes
 from embedding import activation_features, image_features, text_features, token_ids
 from training import distributed
+from training.stream import Stream, StreamLoader, validation_table
 from utils.errors import UserError
 from utils.images import decode_images
 
@@ -41,9 +42,22 @@ class Split:
     )  # for each generated image, which come last: positions of real images with its caption
 
     @property
+    def num_images(self):
+        return len(self.names)
+
+    @property
+    def num_captions(self):
+        return len(self.captions)
+
+    @property
     def num_real(self):
         """How many images are not generated."""
         return len(self.names) - len(self.sources)
+
+    @property
+    def identity(self):
+        """What has to be the same when a run is resumed."""
+        return self.names, self.captions
 
 
 def fetch_data(config, flickr8k_dir):
@@ -64,8 +78,11 @@ def fetch_data(config, flickr8k_dir):
 def read_table(config):
     """(table, image_dir, skipped) as `load_captions` gives them, with --train-images only so many of the training images.
 
+    Where the training data lie in shards, the table has the validation images only.
     Raises UserError where train or val has no image, or train fewer than that.
     """
+    if is_stream(config.data_dir):
+        return validation_table(config)
     table, image_dir, skipped = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
     for split, ending in (("train", "train"), ("val", "dev")):
         if split not in set(table["split"]):
@@ -82,9 +99,10 @@ def read_table(config):
     return table, image_dir, skipped
 
 
-def load_splits(config, table, image_dir, model, bytes_to_come):
+def load_splits(config, table, image_dir, model, bytes_to_come, stream=None):
     """Decodes the training and validation pictures of a table once. bytes_to_come: as for `decode_images`.
 
+    stream: the `stream.Stream` that is the training split, if that lies in shards.
     Returns ({"train": Split, "val": Split}, messages about skipped pictures). Generated pictures of --extra-data come last.
     """
     table, generated = table[table["split"].isin(["train", "val"])], frozenset()
@@ -96,14 +114,15 @@ def load_splits(config, table, image_dir, model, bytes_to_come):
     arguments = paths, size, config.cache_dir, config.num_workers, config.skip_bad, bytes_to_come
     pictures, bad = decode_images(*arguments, resize=model.image_encoder.resize)
     position = {name: i for i, name in enumerate(names) if i not in bad}
-    splits = {}
-    for split in ("train", "val"):
+    splits = {"train": stream} if stream else {}
+    for split in ("val",) if stream else ("train", "val"):
         rows = table[(table["split"] == split) & table["image"].isin(position)]
         names, image_of_text = image_positions(rows)
         chosen = Subset(pictures, [position[name] for name in names])
         texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
         splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts)
-    splits["train"].sources = images_sharing_caption(splits["train"], generated)
+    if not stream:
+        splits["train"].sources = images_sharing_caption(splits["train"], generated)
     require_batch(config, splits["train"].num_real, image_dir)
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
@@ -141,6 +160,8 @@ def images_sharing_caption(split, generated):
 
 def train_loader(config, model, split, device):
     """A DataLoader of training batches. Its batch_sampler is a `PairSampler`, whose `steps` are the batches per epoch."""
+    if isinstance(split, Stream):
+        return StreamLoader(split, config, model)
     image_of_text = split.image_of_text
     sampler_class = PairSampler if config.unique_images else RepeatingSampler
     sampler = sampler_class(

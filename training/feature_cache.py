@@ -9,36 +9,52 @@ import torch
 from tqdm import tqdm
 
 from dataset import CROPS, CLIPDataset
-from embedding import IMAGE_BATCH, text_features
+from embedding import IMAGE_BATCH, image_features, text_features, token_ids
 from encoders.stages import run_trunk
+from training.stream import Stream, StreamLoader
 from utils.cache import cache_key, cached_tensor, file_stats, model_key, note_use
 from utils.device import autocast
 from utils.images import VIEW, as_batch, center_crop
 
 SPACE_HINT = "lower --cached-crops or --size"  # where the disk is too small
+NUM_SAMPLED = 1000  # pictures of a stream whose features stand for those of all
 FP16_MAX = torch.finfo(torch.float16).max
 
 
 def freeze_encoders(config, model, splits, image_dir, device, dtype):
     """Freezes what the Config names, and replaces images and texts of {"train": Split, "val": Split} by cached outputs."""
-    image_encoder = model.image_encoder
+    image_encoder, train = model.image_encoder, splits["train"]
     freeze_image, freeze_text = config.freezes("image"), config.freezes("text")
     for name, split in splits.items():
+        if isinstance(split, Stream):  # is encoded again in each epoch
+            continue
         crops = config.cached_crops if name == "train" else 1
         if freeze_image or config.image_unfreeze_from:
             split.images = cache_image_features(config, image_encoder, split, image_dir, crops, device, dtype)
             split.image_key = "image_features" if freeze_image else "image_activations"
         if freeze_text:
             split.texts, split.text_key = cache_text_features(config, model, split.texts, device, dtype), "text_features"
-    new_heads = not config.model  # pretrained heads expect unscaled features
+    for encoder, frozen in ((image_encoder, freeze_image), (model.text_encoder, freeze_text)):
+        if frozen:
+            encoder.requires_grad_(False)
+    if config.model or not (freeze_image or freeze_text):  # pretrained heads expect unscaled features
+        return
+    if isinstance(train, Stream):
+        I_f, T_f = sample_features(config, model, train, device, dtype)
+    else:
+        I_f, T_f = train.images, train.texts
     if freeze_image:
-        image_encoder.requires_grad_(False)
-        if new_heads:
-            model.image_projection.standardize(splits["train"].images.flatten(0, 1))
+        model.image_projection.standardize(I_f.flatten(0, -2))
     if freeze_text:
-        model.text_encoder.requires_grad_(False)
-        if new_heads:
-            model.text_projection.standardize(splits["train"].texts)
+        model.text_projection.standardize(T_f)
+
+
+def sample_features(config, model, stream, device, dtype):
+    """The features of the first pictures and captions of a `Stream`, (n, d_i) and (n, d_t), on which heads are standardised."""
+    pictures, captions, _ = zip(*StreamLoader(stream, config, model).some(NUM_SAMPLED))
+    model.to(device)
+    I_f = image_features(model, pictures, device, dtype, len(pictures))
+    return I_f, text_features(model, token_ids(model.tokenizer, [drawn[0] for drawn in captions]), device, dtype)
 
 
 def activation_dtype(config, dtype):

@@ -2,13 +2,15 @@
 
 import tempfile
 from dataclasses import replace
+from itertools import cycle, islice
 from pathlib import Path
 
+import pandas as pd
 import psutil
 import torch
 
 from clip import create_model, loss_over_captions
-from config import SHAPES, heads_config, trains_heads_first
+from config import SHAPES, heads_config, is_stream, trains_heads_first
 from dataset import pad
 from Datasets import shapes
 from embedding import IMAGE_BATCH, token_ids
@@ -19,6 +21,7 @@ from training.data import fetch_data, read_table, real_per_batch, require_batch
 from training.feature_cache import activation_bytes
 from training.gradient_cache import frozen_batch_norm_statistics
 from training.optimization import parameter_groups
+from training.stream import open_stream
 from utils.cache import free_space
 from utils.device import autocast, pick_device, pick_dtype
 from utils.errors import UserError
@@ -37,18 +40,11 @@ def print_plan(config, flickr8k_dir):
     device = pick_device(config.device)
     dtype = pick_dtype(config.precision, device)
     with tempfile.TemporaryDirectory() as folder:
-        if config.data_dir == SHAPES.data_dir and not Path(config.data_dir).exists():
-            shapes.draw(f"{folder}/sample")
-            table, image_dir, _ = read_table(replace(config, data_dir=f"{folder}/sample"))
-            print(f"{'data':12}the sample, which would be drawn into {config.data_dir}")
-        else:
-            if config.download and not (config.data_dir or flickr8k_dir):
-                raise UserError("--dry-run --download: a dry run downloads nothing; leave --dry-run out to get Flickr8k")
-            table, image_dir, _ = read_table(fetch_data(config, flickr8k_dir))
-            print(f"{'data':12}{image_dir}")
+        table, image_dir = read_planned(config, flickr8k_dir, folder)
         require_batch(config, num_images(table, "train"), image_dir)
         model = create_model(config, table["caption"][table["split"] == "train"])
-        used = table["image"][table["split"].isin(["train", "val"])].unique()
+        decoded = ["val"] if is_stream(config.data_dir) else ["train", "val"]
+        used = table["image"][table["split"].isin(decoded)].unique()
         pixels = decoded_bytes([image_dir / name for name in used], model.image_encoder.size, model.image_encoder.resize)
     freeze(config, model)
     total, trained = sum(weight.numel() for weight in model.parameters()), trained_parameters(model, config)
@@ -63,6 +59,35 @@ def print_plan(config, flickr8k_dir):
     ):
         print(f"{name:12}{about}")
     print("a dry run: nothing was written")
+
+
+def read_planned(config, flickr8k_dir, folder):
+    """(table, image_dir) of the pictures that a run would use; where they come from is printed. folder: a temporary one.
+
+    For shards the table has the rows that a folder with as many pictures would have, and image_dir is that of validation.
+    """
+    if config.data_dir == SHAPES.data_dir and not Path(config.data_dir).exists():
+        print(f"{'data':12}the sample, which would be drawn into {config.data_dir}")
+        shapes.draw(f"{folder}/sample")
+        return read_table(replace(config, data_dir=f"{folder}/sample"))[:2]
+    if config.download and not (config.data_dir or flickr8k_dir):
+        raise UserError("--dry-run --download: a dry run downloads nothing; leave --dry-run out to get Flickr8k")
+    config = fetch_data(config, flickr8k_dir)
+    if not is_stream(config.data_dir):
+        table, image_dir, _ = read_table(config)
+        print(f"{'data':12}{image_dir}")
+        return table, image_dir
+    config = replace(config, cache_dir=folder)  # what is counted and unpacked does not stay
+    stream, (table, image_dir, _) = open_stream(config), read_table(config)
+    print(f"{'data':12}{config.data_dir}")
+    return pd.concat([table, rows_of(stream)], ignore_index=True), image_dir
+
+
+def rows_of(stream):
+    """A table like that of a folder with as many pictures and captions as a `Stream` has."""
+    captions = list(islice(cycle(stream.captions), stream.num_captions))
+    images = [str(number % stream.num_images) for number in range(len(captions))]
+    return pd.DataFrame({"image": images, "caption": captions, "split": "train"})
 
 
 def freeze(config, model):
@@ -106,6 +131,8 @@ def describe_steps(config, num_train):
 def output_bytes(config, model, table, dtype):
     """The bytes on disk of frozen encoders' cached outputs: activations, and features, also those that heads train on first."""
     train, val = num_images(table, "train"), num_images(table, "val")
+    if is_stream(config.data_dir):  # is encoded again in each epoch
+        train, table = 0, table[table["split"] == "val"]
     heads = trains_heads_first(config)
     size = activation_bytes(config, model.image_encoder, table, dtype)
     if config.freezes("image") or heads:
@@ -151,7 +178,8 @@ def warn_of_memory(config, model, table, device, dtype):
 def memory_bytes(config, model, table, total, trained, device, dtype):
     """(bytes for the weights and what AdamW keeps of them, bytes for a step), from two small steps that are counted."""
     weights = 4 * (total + trained * (4 if config.ema_decay else 3))  # gradient, AdamW's two averages, the weights' average
-    captions = list(table["caption"][table["split"] == "train"][:NUM_CAPTIONS])
+    rows = table[table["split"] == "train"]  # without any, the training captions lie in shards
+    captions = list((table if rows.empty else rows)["caption"][:NUM_CAPTIONS])
     ids = max(token_ids(model.tokenizer, captions), key=len)
     model.to(device)
     few, more = (step_bytes(config, model, ids, count, device, dtype) for count in (2, 4))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import generated_per_batch
+from config import generated_per_batch, is_stream
 from embedding import project_and_normalize, text_features, token_ids
 from evaluation.retrieval import recall_table, score
 from training import distributed
@@ -44,8 +44,9 @@ def validation_loss(model, I_f, T_f, image_of_text, config, device):
 
 def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
     """Prints the data set, the model and the settings."""
-    counts = [f"{len(split.names):,} {name} images ({len(split.captions):,} captions)" for name, split in splits.items()]
-    print(f"{' and '.join(counts)} from {image_dir}; left out: {num_skipped}")
+    counts = [f"{split.num_images:,} {name} images ({split.num_captions:,} captions)" for name, split in splits.items()]
+    where = config.data_dir if is_stream(config.data_dir) else image_dir
+    print(f"{' and '.join(counts)} from {where}; left out: {num_skipped}")
     cut = sum(count_cut(model.tokenizer, split) for split in splits.values())
     if cut:
         print(f"{cut:,} captions are longer than {model.tokenizer.truncation['max_length']} tokens, and are cut there")

@@ -164,6 +164,6 @@ def create_state(config, model, splits, device, dtype):
         scaler=torch.amp.GradScaler(device.type, enabled=dtype == torch.float16),
         average=average,
         joint=joint,
-        data_key=cache_key(*((split.names, split.captions) for split in splits.values())),
+        data_key=cache_key(*(split.identity for split in splits.values())),
         frozen_key=tensors_key({name: value for name, value in model.named_parameters() if not value.requires_grad}),
     )

@@ -84,9 +84,13 @@ def read_image(path, size, resize=AREA):
     """
     if Path(path).suffix.lower() in HEIC_ENDINGS:
         return resize_image(read_heic(path), size, resize)
-    data = np.fromfile(path, dtype=np.uint8)  # not cv2.imread, which fails for non-ASCII names on Windows
+    return decode_image(Path(path).read_bytes(), size, resize)  # not cv2.imread, which fails for non-ASCII names on Windows
+
+
+def decode_image(contents, size, resize=AREA):
+    """As `read_image`, from the bytes of an image file that is no HEIC. Raises ValueError where it cannot be decoded."""
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR_RGB) if data.size else None
+        image = cv2.imdecode(np.frombuffer(contents, dtype=np.uint8), cv2.IMREAD_COLOR_RGB) if contents else None
     except cv2.error as error:
         too_large = "CV_IO_MAX_IMAGE" in str(error)
         raise ValueError(f"has more than {MAX_PIXELS:,} pixels" if too_large else "cannot be decoded by OpenCV") from None

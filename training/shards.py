@@ -1,0 +1,141 @@
+"""Write captioned pictures into shards: python -m training.shards IN OUT, for `python main.py --data-dir 'OUT/train-*.tar'`.
+
+A shard is a tar file in the WebDataset layout: KEY.jpg, and KEY.txt with a caption in each line.
+"""
+
+import io
+import sys
+import tarfile
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import tyro
+from PIL import Image
+from tqdm import tqdm
+
+from captions import SPLIT_LISTS, load_captions
+from config import run_cli
+from utils.errors import UserError, run_command
+from utils.files import atomic_dir
+from utils.images import HEIC_ENDINGS, PREFETCH, read_image
+
+KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of files that are copied as they are, unless they are too large
+JPEG_QUALITY = 95
+
+
+def shard_picture(path, size):
+    """(ending, contents) of a picture file, scaled down to a shorter side of `size` pixels; smaller ones stay as they are.
+
+    size 0: all do. Raises ValueError or OSError where it cannot be decoded.
+    """
+    ending = path.suffix.lower()
+    if ending in HEIC_ENDINGS:
+        shorter = size + 1
+    else:
+        with Image.open(path) as header:
+            shorter = min(header.size)
+    picture = read_image(path, size or shorter)  # also where it is not used, so that no broken picture gets into a shard
+    if ending in KEPT_ENDINGS and not 0 < size < shorter:
+        return ending[1:], path.read_bytes()
+    ending = ".png" if ending == ".png" else ".jpg"
+    encoded = cv2.imencode(ending, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    return ending[1:], encoded.tobytes()
+
+
+def read_pictures(paths, size, num_workers):
+    """Yields ((ending, contents), None) or (None, what is wrong) for each path; threads read PREFETCH pictures ahead."""
+
+    def read(path):
+        try:
+            return shard_picture(path, size), None
+        except (ValueError, OSError) as error:
+            return None, f"{path}: {error}"
+
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        pending = deque()
+        for path in paths:
+            pending.append(pool.submit(read, path))
+            if len(pending) == PREFETCH:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def write_shards(folder, split, captions_of, per_shard, pictures):
+    """Writes SPLIT-000000.tar and so on. captions_of: a list of captions for each picture. pictures: from `read_pictures`.
+
+    Returns (number of pictures, what is wrong with those that are left out).
+    """
+    count, bad, archive = 0, [], None
+    progress = tqdm(zip(captions_of, pictures), total=len(captions_of), desc=split, leave=False, disable=None)
+    for captions, (contents, problem) in progress:
+        if problem:
+            bad.append(problem)
+            continue
+        if count % per_shard == 0:
+            if archive:
+                archive.close()
+            archive = tarfile.open(folder / f"{split}-{count // per_shard:06d}.tar", "w")  # noqa: SIM115  several pictures long
+        key, (ending, data) = f"{count:08d}", contents
+        lines = "\n".join(" ".join(caption.split()) for caption in captions)
+        for member, content in ((f"{key}.{ending}", data), (f"{key}.txt", lines.encode())):
+            info = tarfile.TarInfo(member)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+        count += 1
+    if archive:
+        archive.close()
+    return count, bad
+
+
+def shards(
+    data: tyro.conf.Positional[str],
+    output: tyro.conf.Positional[str],
+    size: int = 0,
+    per_shard: int = 1000,
+    seed: int = 0,
+    skip_bad: bool = False,
+    num_workers: int = 4,
+):
+    """Writes a folder of captioned pictures into shards: OUT/train-000000.tar and so on, and the same for val and test.
+
+    Args:
+        data: folder with Images/ and a captions file
+        output: new folder for the shards
+        size: scale larger pictures down to this shorter side, in pixels; 0: keep the files as they are
+        per_shard: pictures in a shard
+        seed: of the order of the pictures
+        skip_bad: leave out unusable rows and pictures instead of stopping
+        num_workers: threads that read and scale pictures
+    """
+    if per_shard < 1 or size < 0:
+        raise UserError(f"--per-shard {per_shard}, --size {size}: must be at least 1 and at least 0")
+    folder = Path(output)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder}: is there already; name a new folder")
+    table, image_dir, skipped = load_captions(data, skip_bad=skip_bad)
+    rng, lines = np.random.default_rng(seed), []
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_dir(folder) as temporary:
+            for split in SPLIT_LISTS:
+                captions_of = table[table["split"] == split].groupby("image")["caption"].agg(list).to_dict()
+                names = rng.permutation(sorted(captions_of)).tolist()
+                pictures = read_pictures([image_dir / name for name in names], size, num_workers)
+                captions = [captions_of[name] for name in names]
+                count, bad = write_shards(temporary, split, captions, per_shard, pictures)
+                skipped += bad
+                if bad and not skip_bad:
+                    raise UserError(f"{bad[0]}; fix or remove it, or pass --skip-bad")
+                lines += [f"{-(-count // per_shard)} of {split}, {count:,} pictures"] if count else []
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); free space, or name another folder") from None
+    print(f"{folder}: shards: {'; '.join(lines)}; left out: {len(skipped)}")
+    print(f"python main.py PRESET --data-dir '{folder}/train-*.tar' --val-data '{folder}/val-*.tar'")
+
+
+if __name__ == "__main__":
+    run_command(lambda: run_cli(shards, "-m training.shards", sys.argv[1:]))
