@@ -100,7 +100,7 @@ def show_errors(function):
 def tiles(gallery, embedding):
     """The best matches of an embedding, (d_e,), as [(picture, title)] for a grid."""
     matches = []
-    for name, score in best_matches(gallery.searched, embedding, gallery.paths, NUM_SHOWN):
+    for name, score in best_matches(gallery, embedding, gallery.paths, NUM_SHOWN):
         with contextlib.suppress(OSError, ValueError):  # deleted or changed since it was embedded
             matches.append((read_image(name, TILE_PIXELS), f"{score:.2f}  {Path(name).name}"))
     return matches
@@ -222,8 +222,7 @@ def serve(
     """
     run = run or newest_run()
     model, device, dtype = open_model(run, device, precision)
-    files = files_to_search(run, images)
-    gallery = open_gallery(model, files, images or None, cache_dir, device, dtype, num_workers)
+    gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers)
     captions, caption_embeddings = embed_captions(model, run, cache_dir, device, dtype)
     history = Path(run) / "history.csv"
     history = pd.read_csv(history) if history.exists() else None

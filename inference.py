@@ -1,6 +1,7 @@
 """Searches pictures: python inference.py "a dog runs on the beach" [--run RUN] [--images FOLDER], and the other way round."""
 
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -24,6 +25,7 @@ from search.queries import (
     newest_run,
     read_queries,
 )
+from training import distributed
 from utils.errors import UserError, run_command
 from utils.files import write_json
 from utils.images import center_crop, read_image
@@ -39,7 +41,7 @@ GRID_PIXELS = 320  # shorter side of the pictures in a grid
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
     """The n pictures that match a query best, as [(filename, score)], best first.
 
-    image_embeddings: (N, d_e), L2-normalised, or their `search.index.Graph`. query: a text, or a `search.queries.Query`.
+    image_embeddings: (N, d_e), L2-normalised, or a `search.gallery.Gallery`. query: a text, or a `search.queries.Query`.
     image_filenames: N paths. Scores are cosines, -1 to 1; where n is larger than N there are N matches.
     output: a PNG to draw the matches into; show opens a window with it.
     Raises UserError for an empty query.
@@ -69,6 +71,7 @@ def search(
     images: str = "",
     n: int = 9,
     exact: bool = False,
+    embed_only: bool = False,
     explain: bool = False,
     export: Literal["", "onnx"] = "",
     output: str = "matches.png",
@@ -88,9 +91,10 @@ def search(
         image: picture to find captions and look-alikes of, or to classify
         classify: class names to choose from for the picture of --image
         run: run folder; empty: the newest under runs/
-        images: folder to search, with its subfolders; empty: the run's own validation pictures
+        images: folder to search, with its subfolders, or 'DIR/*.tar'; empty: the run's own validation pictures
         n: pictures to find
         exact: compare with every picture, even if there are more than 100,000
+        embed_only: only embed the pictures, for later searches; with torchrun in several processes
         explain: draw a heat map over each picture: which parts match the text
         export: write the run's encoders in this format instead of searching
         output: PNG of the matches
@@ -102,8 +106,11 @@ def search(
     """
     if export:
         return write_onnx(run or newest_run())
-    refuse_unclear(query, minus, weights, query_file, image, classify, explain, n)
     run = run or newest_run()
+    if embed_only:
+        refuse_queries(query, query_file, image)
+        return embed_pictures(run, images, cache_dir, num_workers, device, precision)
+    refuse_unclear(query, minus, weights, query_file, image, classify, explain, n)
     model, device, dtype = open_model(run, device, precision)
     if classify:
         return write_answer(json_path, answer_classes(model, image, classify, device, dtype))
@@ -114,7 +121,7 @@ def search(
         answer = ask_picture(model, run, image, n, output, cache_dir, device, dtype)
     else:
         answer = ask_lines(model, query_file, n)
-    gallery = open_gallery(model, files_to_search(run, images), images or None, cache_dir, device, dtype, num_workers, exact)
+    gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact)
     print(f"{len(gallery.paths):,} pictures, {run}")
     write_answer(json_path, answer(gallery))
 
@@ -134,6 +141,23 @@ def refuse_unclear(query, minus, weights, query_file, image, classify, explain, 
         raise UserError("--minus, --weights and --explain: go with a text to look for")
     if classify and not image:
         raise UserError("--classify: needs the picture, --image FILE")
+
+
+def refuse_queries(query, query_file, image):
+    """Raises UserError where there is something to look for beside --embed-only."""
+    if query or query_file or image:
+        raise UserError("--embed-only: looks for nothing; leave the query out")
+
+
+def embed_pictures(run, images, cache_dir, num_workers, device, precision):
+    """Embeds the pictures that a later search then has. Under torchrun each process embeds a share of them."""
+    started = time.perf_counter()
+    device = distributed.init_distributed(device)
+    model, device, dtype = open_model(run, device, precision)
+    gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact=True)
+    seconds = time.perf_counter() - started
+    print(f"{len(gallery.paths):,} pictures are embedded, {run}; {seconds:.1f} s")
+    distributed.destroy_distributed()
 
 
 def ask_text(model, query, explain, n, output, device, dtype):
@@ -163,7 +187,7 @@ def ask_lines(model, query_file, n):
 
 def answer_text(model, gallery, query, n, output, read_picture):
     """Prints and draws the pictures that match a `Query`. Returns {"query", "matches"}."""
-    matches = find_matches(model, gallery.searched, query, gallery.paths, n)
+    matches = find_matches(model, gallery, query, gallery.paths, n)
     print(f"{str(query)!r}:")
     print_matches(matches)
     draw_matches(str(query), matches, output, show=True, read_picture=read_picture)
@@ -175,7 +199,7 @@ def answer_lines(gallery, lines, embeddings, n):
     """Prints the pictures that match each of m lines, (m, d_e) when embedded. Returns {"queries": [{"query", "matches"}]}."""
     answers = []
     for line, embedding in zip(lines, embeddings):
-        matches = best_matches(gallery.searched, embedding, gallery.paths, n)
+        matches = best_matches(gallery, embedding, gallery.paths, n)
         print(f"{line!r}:")
         print_matches(matches)
         answers.append({"query": line, "matches": as_records(matches)})
@@ -187,7 +211,7 @@ def answer_picture(gallery, captions, image, embedding, n, output):
 
     Returns {"image", "captions": [{"caption", "score"}], "matches"}.
     """
-    matches = best_matches(gallery.searched, embedding, gallery.paths, n)
+    matches = best_matches(gallery, embedding, gallery.paths, n)
     print(f"like {Path(image).name}:")
     print_matches(matches)
     texts, embeddings = captions

@@ -64,7 +64,7 @@ def measure(pictures: int = 20_000, side: int = 96, run: str = "", num_workers: 
         batch = as_batch([center_crop(read_image(path, size), size) for path in sorted(path.parent.iterdir())[:IMAGE_BATCH]])
         bare_rate(model, batch, 4, device, dtype)  # warm up
         for part in range(NUM_FOLDERS):
-            files = find_pictures(folder / "pictures" / str(part))
+            files = list(find_pictures(folder / "pictures" / str(part)))
             bare.append(bare_rate(model, batch, -(-len(files) // len(batch)), device, dtype))
             started = time.perf_counter()
             open_gallery(model, files, str(folder / "pictures" / str(part)), folder / "cache", device, dtype, num_workers)
@@ -77,7 +77,7 @@ def measure(pictures: int = 20_000, side: int = 96, run: str = "", num_workers: 
             starts.append(time.perf_counter() - started)
         for number in range(NUM_QUERIES):
             started = time.perf_counter()
-            best_matches(gallery.searched, embed_query(model, [f"a photo of {number} red circles"]), gallery.paths, 9)
+            best_matches(gallery, embed_query(model, [f"a photo of {number} red circles"]), gallery.paths, 9)
             queries.append(1000 * (time.perf_counter() - started))
     share = 100 * statistics.median(a / b for a, b in zip(indexed, bare))
     rows = [

@@ -1,45 +1,46 @@
-"""The pictures of a folder and their embeddings, cached on disk in one SQLite file per model.
+"""The pictures of a folder and their embeddings, which are kept on disk (`search.store`).
 
-A later search embeds only new and changed pictures, and removes deleted ones. SQLite transactions are atomic: two commands can
-use the same file at the same time, and a command that is killed loses only what it has not yet written.
+A later search embeds only new and changed pictures, and forgets deleted ones. Several processes (torchrun) embed a share of the
+pictures each, and write what they have embedded into files of its own, which the first process adds to the store.
 """
 
+import contextlib
 import os
 import sqlite3
-import time
-from contextlib import closing
+import tarfile
+import uuid
+import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from embedding import file_embeddings
-from search.index import HNSW_MIN_SIZE, Graph, open_graph
+from search import index
+from search.index import CompressedIndex, exact_top_k, open_index
+from search.store import Store
+from training import distributed
 from utils.cache import cache_key, model_key, note_use
 from utils.errors import UserError
-from utils.files import remove_leftovers
+from utils.files import atomic_write, expand, remove_leftovers, tar_members
 from utils.images import PICTURE_ENDINGS, VIEW
 
-TABLE = """CREATE TABLE IF NOT EXISTS pictures (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,  -- an id is never used for a second picture
-    path TEXT UNIQUE NOT NULL,
-    bytes INTEGER NOT NULL,
-    changed INTEGER NOT NULL,              -- modification time in ns
-    embedding BLOB                         -- (d_e,) fp32; NULL: the picture cannot be read
-)"""
-FIRST_ID = "INSERT INTO sqlite_sequence SELECT 'pictures', ? WHERE NOT EXISTS (SELECT * FROM sqlite_sequence)"
-TIMEOUT = 60  # seconds to wait for another command's transaction
-WRITE_EVERY = 512  # pictures per transaction
+FORMAT = "vectors in a file"  # part of cache keys
+WRITE_EVERY = 512  # pictures that a killed process may have embedded in vain
 
 
 def find_pictures(folder):
-    """{path: (bytes, modification time in ns)} of the pictures in a folder and its subfolders.
+    """Yields (path, bytes, modification time in ns) of the pictures in a folder and its subfolders, or in tar files.
 
-    Folders without read permission and names that are not UTF-8 are left out; how many is printed.
+    folder: 'DIR/*.tar' and 'DIR/{000..099}.tar' stand for tar files, whose pictures have paths such as DIR/000.tar/NAME.
+    Folders without read permission and names that are not UTF-8 are left out; how many is printed at the end.
     Raises UserError if there are no pictures.
     """
-    files, num_unreadable, num_not_utf8 = {}, 0, 0
+    if str(folder).endswith(".tar"):
+        yield from find_in_tars(str(folder))
+        return
+    num_found, num_unreadable, num_not_utf8 = 0, 0, 0
     if not Path(folder).is_dir():
         raise UserError(f"--images {folder}: no such folder")
     folders = [os.path.abspath(folder)]
@@ -56,13 +57,32 @@ def find_pictures(folder):
                 if not is_unicode(entry.path):
                     num_not_utf8 += 1
                     continue
-                stat = entry.stat()
-                files[entry.path] = (stat.st_size, stat.st_mtime_ns)
+                stat, num_found = entry.stat(), num_found + 1
+                yield entry.path, stat.st_size, stat.st_mtime_ns
     if num_unreadable or num_not_utf8:
         print(f"left out {num_unreadable:,} folders without read permission and {num_not_utf8:,} pictures with non-UTF-8 names")
-    if not files:
+    if not num_found:
         raise UserError(f"--images {folder}: no pictures there ({', '.join(sorted(PICTURE_ENDINGS))})")
-    return dict(sorted(files.items()))
+
+
+def find_in_tars(pattern):
+    """The same for the pictures in tar files. A file that is damaged is left out, with a line."""
+    num_found = 0
+    for archive in expand(pattern):
+        try:
+            changed = os.stat(archive).st_mtime_ns
+            members = tar_members(archive, changed)
+        except FileNotFoundError:
+            raise UserError(f"--images {pattern}: no such file as {archive}; check the pattern") from None
+        except (OSError, tarfile.TarError) as error:
+            print(f"left out {archive}: damaged ({error})")
+            continue
+        for name, (_, size) in members.items():
+            if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS and is_unicode(name):
+                num_found += 1
+                yield f"{os.path.abspath(archive)}/{name}", size, changed
+    if not num_found:
+        raise UserError(f"--images {pattern}: no pictures there; check the pattern")
 
 
 def is_unicode(path):
@@ -74,91 +94,151 @@ def is_unicode(path):
     return True
 
 
+class Paths(Sequence):
+    """The paths of a gallery's pictures, each read when it is asked for; None for one that was deleted since."""
+
+    def __init__(self, store, rows):
+        self.store, self.rows, self.generation = store, rows, store.generation()
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, position):
+        return self.store.path_of(self.rows[position], self.generation)
+
+
 @dataclass
 class Gallery:
     """N pictures to search."""
 
-    paths: list  # N strings
-    embeddings: torch.Tensor  # (N, d_e), L2-normalised
-    graph: Graph | None  # for approximate search, if there are many pictures
+    paths: list | Paths
+    vectors: np.memmap  # (M, d_e) float16, L2-normalised, also of pictures that are not searched
+    rows: np.ndarray  # (N,) int64, of the vectors of the N pictures
+    compressed: CompressedIndex | None  # for approximate search, if there are many pictures
 
-    @property
-    def searched(self):
-        """What `index.top_k` searches: the graph if there is one, else the embeddings."""
-        return self.graph or self.embeddings
+    def top_k(self, embedding, n):
+        """As the function `index.top_k`."""
+        if self.compressed and n <= index.MAX_APPROXIMATE:
+            return self.compressed.top_k(embedding, n)
+        return exact_top_k(self.vectors, self.rows, embedding, n)
 
 
 def open_gallery(model, files, folder, cache_dir, device, dtype, num_workers=0, exact=False):
     """The Gallery of some picture files. Embeds those that are new, changed or not yet embedded with this model.
 
-    files: {path: (bytes, modification time)}, as `find_pictures` returns it. folder: the folder that `files` lists in full, so
-    that embeddings of deleted pictures can be removed; None if they are only some of a folder's pictures. exact: never use
-    approximate search.
+    files: (path, bytes, modification time) of each, as `find_pictures` yields them. folder: the folder whose pictures these all
+    are, so that deleted ones can be forgotten; None if they are only some of a folder's. exact: never use approximate search.
     Raises UserError if no picture can be read or cache_dir cannot be written.
     """
-    path = Path(cache_dir) / f"gallery-{cache_key(model_key(model), VIEW, dtype)}.sqlite"
+    path = Path(cache_dir) / f"gallery-{cache_key(model_key(model), VIEW, dtype, FORMAT)}.sqlite"
     remove_leftovers(cache_dir)
-    if model.run_dir:
-        note_use(model.run_dir, path)
-    arguments = model, files, folder, device, dtype, num_workers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        store = open_store(path, model.image_projection.out_features)
+        count = update(store, model, files, folder, device, dtype, num_workers)
+        if model.run_dir:
+            note_use(model.run_dir, path)
+            note_use(model.run_dir, store.companion(".vectors"))
+        gallery = read_gallery(store, exact)
+    except sqlite3.OperationalError as error:
+        raise UserError(f"--cache-dir {cache_dir}: cannot be used ({error}); free space, or name another folder") from None
+    except (sqlite3.DatabaseError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, then run the command again") from None
+    except OSError as error:
+        raise UserError(f"--cache-dir {cache_dir}: cannot be used ({error}); free space, or name another folder") from None
+    if len(gallery.rows) < count:
+        print(f"left out {count - len(gallery.rows):,} pictures that cannot be decoded")
+    if not len(gallery.rows):
+        raise UserError(f"{folder or 'the gallery'}: none of its {count:,} pictures can be decoded")
+    return gallery
+
+
+def read_gallery(store, exact):
+    """The `Gallery` of a store's listed files. exact: as for `open_gallery`."""
+    with store.transaction():  # so that no other process numbers the rows again meanwhile
+        rows = np.fromiter((row for row, _ in store.pictures()), dtype=np.int64)
+        vectors, paths = store.vectors(), Paths(store, rows)
+        if len(rows) <= index.APPROXIMATE_FROM:
+            paths = [path for _, path in store.pictures()]
+        index_path = store.companion(".faiss")
+    compressed = None
+    if len(rows) > index.APPROXIMATE_FROM and not exact:
+        if not index_path.exists() and (dropped := store.drop_damaged()):
+            raise ValueError(f"{dropped:,} of its vectors")
+        compressed = CompressedIndex(open_index(index_path, vectors), vectors, rows)
+    return Gallery(paths, vectors, rows, compressed)
+
+
+def open_store(path, width):
+    """The `Store` at a path. One that is damaged is deleted and begun again, by the main process."""
+    with distributed.main_process_first():
         try:
-            ids, paths, embeddings = update(path, *arguments)
+            store = Store(path, width)
+            if distributed.is_main_process() and (dropped := store.drop_damaged(last_only=True)):
+                print(f"{path}: {dropped:,} vectors were damaged; they are embedded again")
+            return store
         except sqlite3.OperationalError:
             raise
-        except sqlite3.DatabaseError as error:
+        except (sqlite3.DatabaseError, ValueError) as error:
             print(f"{path}: {error}; it is built again")
-            path.unlink()
-            ids, paths, embeddings = update(path, *arguments)
-    except (sqlite3.OperationalError, OSError) as error:
-        raise UserError(f"--cache-dir {cache_dir}: cannot be used ({error}); free space, or name another folder") from None
-    if len(paths) < len(files):
-        print(f"left out {len(files) - len(paths):,} pictures that cannot be decoded")
-    if not paths:
-        raise UserError(f"{os.path.commonpath(files)}: none of its {len(files):,} pictures can be decoded")
-    graph = open_graph(path.with_suffix(".faiss"), ids, embeddings) if len(paths) > HNSW_MIN_SIZE and not exact else None
-    return Gallery(paths, embeddings, graph)
+            for leftover in path.parent.glob(f"{path.stem}*"):
+                if leftover.is_file():
+                    leftover.unlink()
+            return Store(path, width)
 
 
-def update(path, model, files, folder, device, dtype, num_workers):
-    """Updates the database at `path` so that it matches `files`. The other arguments are those of `open_gallery`.
+def update(store, model, files, folder, device, dtype, num_workers):
+    """Embeds what a store does not have of a gallery's files. The other arguments are those of `open_gallery`.
 
-    Returns (ids, paths, embeddings) of the N pictures that can be read; ids is an (N,) int64 array.
+    Returns how many files there are.
     """
-    with closing(sqlite3.connect(path, timeout=TIMEOUT)) as database:
-        with database:
-            database.execute(TABLE)
-            # Ids start at the time, not at 1: if a database is lost, its search graph, which names pictures by their old ids,
-            # may still exist.
-            database.execute(FIRST_ID, [time.time_ns()])
-        parent = os.path.abspath(folder) if folder else os.path.commonpath([os.path.dirname(name) for name in files])
-        bounds = (os.path.join(parent, ""), os.path.join(parent, "\U0010ffff"))  # all paths in `parent` lie between these
-        rows = database.execute("SELECT path, bytes, changed FROM pictures WHERE path BETWEEN ? AND ?", bounds)
-        known = {name: (size, changed) for name, size, changed in rows}
-        if folder:
-            with database:
-                deleted = [(name,) for name in known if name not in files]
-                database.executemany("DELETE FROM pictures WHERE path = ?", deleted)
-        stale = [name for name, stats in files.items() if known.get(name) != stats]
-        if stale:
-            print(f"embedding {len(stale):,} of {len(files):,} pictures: new, changed, or not yet embedded with this model")
-        pending = []
-        for position, embedding in file_embeddings(model, stale, device, dtype, num_workers):
-            name = stale[position]
-            pending.append((name, *files[name], None if embedding is None else embedding.numpy().tobytes()))
-            if len(pending) == WRITE_EVERY:
-                write(database, pending)
-                pending = []
-        write(database, pending)
-        rows = database.execute("SELECT id, path, embedding FROM pictures WHERE path BETWEEN ? AND ?", bounds)
-        rows = sorted((name, row_id, blob) for row_id, name, blob in rows if name in files and blob is not None)
-    width = model.image_projection.out_features
-    embeddings = np.frombuffer(bytearray(b"".join(blob for _, _, blob in rows)), dtype=np.float32).reshape(-1, width)
-    return np.array([row_id for _, row_id, _ in rows]), [name for name, _, _ in rows], torch.from_numpy(embeddings)
+    parts = store.path.with_suffix(".parts")  # a folder; several processes write there, and may have been killed
+    with distributed.main_process_first():
+        if distributed.is_main_process():
+            merge_parts(store, parts)
+        count = store.list_files(files, folder if distributed.is_main_process() else None)
+    stale = store.stale()
+    if stale:
+        print(f"embedding {len(stale):,} of {count:,} pictures: new, changed, or not yet embedded with this model", flush=True)
+    size, rank, pending = distributed.size(), distributed.rank(), []
+    stale = [entry for entry in stale if zlib.crc32(entry[0].encode()) % size == rank]
+    write = store.add if size == 1 else lambda pictures: write_part(parts, pictures)
+    for position, embedding in file_embeddings(model, [path for path, *_ in stale], device, dtype, num_workers):
+        pending.append((*stale[position], None if embedding is None else embedding.numpy()))
+        if len(pending) == WRITE_EVERY:
+            write(pending)
+            pending = []
+    if pending:
+        write(pending)
+    distributed.barrier()
+    if distributed.is_main_process():
+        merge_parts(store, parts)
+        store.compact()
+    distributed.barrier()
+    return count
 
 
-def write(database, rows):
-    """Writes rows (path, bytes, changed, embedding) in one transaction."""
-    with database:
-        database.executemany("INSERT OR REPLACE INTO pictures (path, bytes, changed, embedding) VALUES (?, ?, ?, ?)", rows)
+def write_part(folder, pictures):
+    """Writes pictures as for `Store.add` into a file of their own."""
+    paths, sizes, changed, vectors = zip(*pictures)
+    readable = np.array([vector is not None for vector in vectors])
+    found = np.stack([vector for vector in vectors if vector is not None] or [np.empty(0)]).astype(np.float16)
+    columns = {"paths": np.array(paths), "sizes": np.array(sizes), "changed": np.array(changed)}
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # else NumPy adds an ending to the name
+            np.savez(file, readable=readable, vectors=found, **columns)
+
+    atomic_write(folder / f"{uuid.uuid4().hex}.npz", write)
+
+
+def merge_parts(store, folder):
+    """Adds the files of `write_part` to a store, and removes them."""
+    for path in sorted(folder.glob("*.npz")):
+        with np.load(path) as part:
+            vectors = iter(part["vectors"])
+            columns = zip(part["paths"].tolist(), part["sizes"].tolist(), part["changed"].tolist(), part["readable"])
+            store.add([(*entry, next(vectors) if readable else None) for *entry, readable in columns])
+        path.unlink()
+    with contextlib.suppress(OSError):  # there is none, or another process writes there
+        folder.rmdir()

@@ -1,6 +1,7 @@
-"""Nearest-neighbour search: exact, or approximate for large galleries.
+"""Nearest neighbours of an embedding: exact, or for large galleries approximate, through compressed codes of the library faiss.
 
-Approximate search uses the HNSW graph (Malkov and Yashunin 2016, arXiv:1603.09320) of the library faiss.
+Approximate search ranks the codes of some lists (product quantization; Jegou et al. 2011) and then the best CANDIDATES of them
+exactly. The index file is memory-mapped, as the vectors are.
 """
 
 import numpy as np
@@ -9,66 +10,120 @@ import torch
 from utils.errors import UserError
 from utils.files import atomic_write
 
-HNSW_MIN_SIZE = 100_000  # pictures; for fewer, exact search takes milliseconds
-HNSW_M = 32  # links per picture in the graph
-EF_CONSTRUCTION, EF_SEARCH = 64, 128  # candidates while building and searching: more give a higher recall, but take longer
-MAX_STALE = 0.2  # share of a graph's pictures that may have been deleted since; above it the graph is built again
-
-
-class Graph:
-    """An HNSW graph over N L2-normalised embeddings. ids: (N,) int64, which name them in the faiss index."""
-
-    def __init__(self, index, ids):
-        import faiss
-
-        self.index, self.order = index, np.argsort(ids)
-        self.ids = ids[self.order]
-        # Deleted pictures stay in the graph, because paths to others lead through them, but are not returned.
-        self.valid_ids = faiss.IDSelectorBatch(self.ids) if index.ntotal > len(ids) else None
-
-    def top_k(self, embedding, n):
-        """The same as the function `top_k`."""
-        import faiss
-
-        parameters = faiss.SearchParametersHNSW(efSearch=max(EF_SEARCH, n), sel=self.valid_ids)
-        scores, ids = self.index.search(embedding.numpy()[None], min(n, len(self.ids)), params=parameters)
-        is_match = ids[0] >= 0  # if faiss finds fewer than n, it fills up with -1
-        positions = self.order[np.searchsorted(self.ids, ids[0][is_match])]
-        return torch.from_numpy(scores[0][is_match]), torch.from_numpy(positions)
-
-
-def open_graph(path, ids, embeddings):
-    """The `Graph` of L2-normalised embeddings, (N, d_e): read from `path` and updated, or built and written there.
-
-    ids: (N,) int64; an id must never be used again for another embedding. Adding a few embeddings takes seconds, building the
-    graph takes minutes per million. Raises UserError if faiss is not installed or the file cannot be written.
-    """
-    try:
-        import faiss  # optional, so imported here; also, on macOS its OpenMP library conflicts with torch's
-    except ImportError:
-        raise UserError(f"more than {HNSW_MIN_SIZE:,} pictures need faiss: pip install faiss-cpu, or pass --exact") from None
-    try:
-        index = faiss.read_index(str(path))
-        known = faiss.vector_to_array(index.id_map)
-        if index.d != embeddings.shape[1] or np.isin(known, ids, invert=True).mean() > MAX_STALE:
-            raise RuntimeError("of another model, or too many of its pictures have been deleted")
-    except RuntimeError:  # faiss raises the same for missing and for damaged files
-        graph = faiss.IndexHNSWFlat(embeddings.shape[1], HNSW_M, faiss.METRIC_INNER_PRODUCT)
-        graph.hnsw.efConstruction = EF_CONSTRUCTION
-        index, known = faiss.IndexIDMap2(graph), np.empty(0, dtype=np.int64)
-    new = np.isin(ids, known, invert=True)
-    if new.any():
-        print(f"adding {new.sum():,} pictures to the search graph")
-        index.add_with_ids(np.ascontiguousarray(embeddings.numpy()[new]), ids[new])
-        atomic_write(path, lambda temporary: faiss.write_index(index, str(temporary)))
-    return Graph(index, ids)
+APPROXIMATE_FROM = 100_000  # pictures; for fewer, exact search takes milliseconds
+BLOCK = 32_768  # vectors that are read at once
+DIMS_PER_CODE = 8  # a code of BITS bits for so many dimensions
+BITS = 8
+TRAINING_SAMPLE = 100_000  # vectors from which lists and codes are learned
+CODE_SAMPLE = 16_384  # and of these for the codes and the rotation before them
+LISTS_PER_ROOT = 2  # the number of lists is that times the square root of the number of vectors, rounded to a power of two
+PROBED = 48  # lists that a query searches
+CANDIDATES = 400  # codes that are ranked again exactly
+MAX_APPROXIMATE = 1000  # matches; for more the exact search is used
 
 
 def top_k(gallery, embedding, n):
     """The n nearest neighbours of an embedding, (d_e,): (cosines, positions in the gallery), nearest first.
 
-    gallery: L2-normalised embeddings, (N, d_e), for exact search, or their `Graph` for approximate search.
+    gallery: L2-normalised embeddings, (N, d_e), or a `search.gallery.Gallery`.
     """
     if torch.is_tensor(gallery):
         return (gallery @ embedding).topk(min(n, len(gallery)))
     return gallery.top_k(embedding, n)
+
+
+def exact_top_k(vectors, rows, embedding, n):
+    """The same as `top_k`, for some rows of memory-mapped vectors, of which a block is read at a time.
+
+    vectors: (M, d_e) float16. rows: (N,) int64; positions are among these.
+    """
+    scores, positions = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    for start in range(0, len(rows), BLOCK):
+        chosen = rows[start : start + BLOCK]
+        first, end = chosen[0], chosen[-1] + 1
+        in_order = end - first == len(chosen) and (np.diff(chosen) == 1).all()
+        block = torch.from_numpy(vectors[first:end] if in_order else vectors[chosen]).float()
+        block_scores, best = (block @ embedding).topk(min(n, len(block)))
+        scores, order = torch.cat([scores, block_scores]).topk(min(n, len(scores) + len(best)))
+        positions = torch.cat([positions, best + start])[order]
+    return scores, positions
+
+
+class CompressedIndex:
+    """A faiss index of the vectors of a gallery's rows. index: an `index_factory` one, whose ids are rows of `vectors`."""
+
+    def __init__(self, index, vectors, rows):
+        import faiss
+
+        self.index, self.vectors, self.order = index, vectors, np.argsort(rows)
+        self.rows = rows[self.order]
+        wanted = np.zeros(max(index.ntotal, 1), dtype=bool)
+        wanted[rows] = True
+        self.bits = np.packbits(wanted, bitorder="little")  # what is deleted, or in another folder, is not returned
+        selector = faiss.IDSelectorBitmap(self.bits)
+        inner = faiss.SearchParametersIVF(sel=selector, nprobe=PROBED)
+        self.parameters, self.kept = faiss.SearchParametersPreTransform(index_params=inner), (selector, inner)
+
+    def top_k(self, embedding, n):
+        """The same as the function `top_k`. Fewer than n where the lists that are searched hold fewer."""
+        count = min(max(CANDIDATES, n), len(self.rows))
+        _, rows = self.index.search(embedding.numpy()[None], count, params=self.parameters)
+        rows = np.sort(rows[0][rows[0] >= 0])  # faiss fills up with -1
+        scores, best = exact_top_k(self.vectors, rows, embedding, n)
+        return scores, torch.from_numpy(self.order[np.searchsorted(self.rows, rows[best.numpy()])])
+
+
+def num_lists(count):
+    return 2 ** max(2, round(np.log2(LISTS_PER_ROOT * max(1, count) ** 0.5)))
+
+
+def open_index(path, vectors):
+    """The faiss index of all memory-mapped vectors, (M, d_e): read from `path` and extended, or built and written there.
+
+    Raises UserError where faiss is not installed or the file cannot be written.
+    """
+    try:
+        import faiss  # optional, so imported here; also, on macOS its OpenMP library conflicts with torch's
+    except ImportError:
+        message = f"more than {APPROXIMATE_FROM:,} pictures need faiss: pip install faiss-cpu, or pass --exact"
+        raise UserError(message) from None
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        if index.d != vectors.shape[1] or 4 * faiss.extract_index_ivf(index).nlist <= num_lists(len(vectors)):
+            raise RuntimeError("made for far fewer pictures")
+        if index.ntotal == len(vectors):
+            return index
+        index = faiss.read_index(str(path))  # one that is mapped cannot grow
+    except RuntimeError as error:  # faiss raises the same for missing files, damaged ones and those of another version
+        if path.exists():
+            print(f"{path}: {str(error).strip().splitlines()[-1][:120]}; it is built again")
+        print(f"building the search index of {len(vectors):,} pictures", flush=True)
+        index = train_index(vectors)
+    for start in range(index.ntotal, len(vectors), BLOCK):
+        block = vectors[start : start + BLOCK].astype(np.float32)
+        index.add_with_ids(block, np.arange(start, start + len(block)))
+    atomic_write(path, lambda temporary: faiss.write_index(index, str(temporary)))
+    return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def train_index(vectors):
+    """An empty index whose lists and codes are learned from a sample of vectors, (M, d_e)."""
+    import faiss
+
+    codes = vectors.shape[1] // DIMS_PER_CODE
+    factory = f"OPQ{codes}_{codes * DIMS_PER_CODE},IVF{num_lists(len(vectors))},PQ{codes}x{BITS}"
+    index = faiss.index_factory(vectors.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+    # faiss's own numbers of rounds and samples take half an hour on two cores, and bring nothing once matches are ranked again.
+    rotation = faiss.downcast_VectorTransform(index.chain.at(0))
+    learner = faiss.ProductQuantizer(codes * DIMS_PER_CODE, codes, BITS)
+    rotation.pq, rotation.max_train_points = learner, CODE_SAMPLE
+    rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = 8, 2, 8
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    ivf.do_polysemous_training = False  # orders the codes for Hamming distances, which are not used
+    ivf.pq.cp.niter, ivf.pq.cp.max_points_per_centroid = 10, CODE_SAMPLE // 2**BITS
+    ivf.cp.niter = 8
+    rng = np.random.default_rng(0)
+    chosen = np.sort(rng.choice(len(vectors), min(len(vectors), TRAINING_SAMPLE), replace=False))
+    index.train(rng.permutation(vectors[chosen].astype(np.float32)))
+    rotation.pq = None  # belongs to Python, which frees it
+    return index

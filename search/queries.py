@@ -68,9 +68,13 @@ class Query:
 
 
 def best_matches(gallery, embedding, image_filenames, n):
-    """The n pictures nearest to an embedding, (d_e,), as [(filename, cosine)], best first. gallery: as for `index.top_k`."""
+    """The n pictures nearest to an embedding, (d_e,), as [(filename, cosine)], best first. gallery: as for `index.top_k`.
+
+    Those that were deleted since the gallery was opened are left out.
+    """
     scores, positions = top_k(gallery, embedding, n)
-    return [(image_filenames[i], score) for i, score in zip(positions.tolist(), scores.tolist())]
+    matches = [(image_filenames[i], score) for i, score in zip(positions.tolist(), scores.tolist())]
+    return [(name, score) for name, score in matches if name is not None]
 
 
 def newest_run():
@@ -94,12 +98,12 @@ def read_data(run):
 
 
 def files_to_search(run, images):
-    """{path: (bytes, modification time in ns)} of the pictures in a folder, or of the run's own validation pictures."""
+    """(files, folder), as for `open_gallery`, of the pictures in a folder or tar files, or of the run's validation pictures."""
     if images:
-        return find_pictures(images)
+        return find_pictures(images), None if images.endswith(".tar") else images
     table, image_dir = read_data(run)
     paths = [os.path.abspath(image_dir / name) for name in table["image"][table["split"] == "val"].unique()]
-    return {path: (stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]}
+    return [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]], None
 
 
 def embed_captions(model, run, cache_dir, device, dtype):

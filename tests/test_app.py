@@ -43,7 +43,7 @@ def free_port():
 def address(run, tmp_path_factory):
     cache = tmp_path_factory.mktemp("cache")
     model, device, dtype = open_model(run, "cpu", "fp32")
-    gallery = open_gallery(model, files_to_search(run, ""), None, cache, device, dtype)
+    gallery = open_gallery(model, *files_to_search(run, ""), cache, device, dtype)
     captions = embed_captions(model, run, cache, device, dtype)
     history = pd.read_csv(run / "history.csv")
     page, port = app.build_page("runs/shapes", model, gallery, *captions, history, device, dtype), free_port()
@@ -263,7 +263,7 @@ def test_uploads_and_results_do_not_pile_up(run, sample, tmp_path, monkeypatch):
     monkeypatch.setattr(app, "CACHE_CHECK", 1)
     monkeypatch.setattr(app, "CACHE_AGE", 1)
     model, device, dtype = open_model(run, "cpu", "fp32")
-    gallery = open_gallery(model, files_to_search(run, ""), None, tmp_path / "cache", device, dtype)
+    gallery = open_gallery(model, *files_to_search(run, ""), tmp_path / "cache", device, dtype)
     page, port = app.build_page("x", model, gallery, [], torch.empty(0, 256), None, device, dtype), free_port()
     folder = Path(app.get_upload_folder())
 

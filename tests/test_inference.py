@@ -13,7 +13,8 @@ from PIL import Image
 import clip
 import inference
 from captions import load_captions
-from search import gallery, queries
+from Datasets import shapes
+from search import index, queries
 from search.occlusion import occlusion_map
 from utils.errors import UserError
 
@@ -103,21 +104,33 @@ def search(*flags):
     inference.run_cli(inference.search, "inference.py", list(map(str, flags)))
 
 
-def test_large_galleries_are_searched_through_a_graph_that_stays(run, sample, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gallery, "HNSW_MIN_SIZE", 100)  # the sample has 144 pictures
+def test_large_galleries_are_searched_through_an_index_that_stays(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(index, "APPROXIMATE_FROM", 100)
+    monkeypatch.setattr(index, "BITS", 3)
+    shapes.draw(tmp_path / "drawn", train=270, val=1, test=1)
 
     def matches(*more):
-        flags = ["a red circle", "--run", run, "--images", sample, "--cache-dir", tmp_path, "--output", tmp_path / "m.png"]
+        flags = [
+            "a red circle",
+            "--run",
+            run,
+            "--images",
+            tmp_path / "drawn",
+            "--cache-dir",
+            tmp_path,
+            "--output",
+            tmp_path / "m.png",
+        ]
         search(*flags, "--json", tmp_path / "matches.json", *more)
         found = json.loads((tmp_path / "matches.json").read_text())["matches"]
         return [match["filename"] for match in found], [match["score"] for match in found]
 
     names, scores = matches("--exact")
-    assert "graph" not in capsys.readouterr().out
+    assert "search index" not in capsys.readouterr().out
     for built in (True, False):
         found = matches()
         assert found[0] == names and found[1] == pytest.approx(scores, abs=1e-5)
-        assert ("adding 144 pictures to the search graph" in capsys.readouterr().out) == built
+        assert ("building the search index of 272 pictures" in capsys.readouterr().out) == built
 
 
 def test_several_texts_are_added_and_taken_away(run):

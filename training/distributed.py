@@ -93,6 +93,12 @@ def main_process_first():
         dist.barrier()
 
 
+def barrier():
+    """Waits until all ranks are here."""
+    if size() > 1:
+        dist.barrier()
+
+
 def shard(n):
     """This rank's rows of n, a range; shards differ by one row at most."""
     bounds = np.linspace(0, n, size() + 1).round().astype(int)

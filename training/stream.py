@@ -10,7 +10,6 @@ opens only the shards that it has not finished.
 Each process has shards of its own. Each epoch has another order of them, and blocks of BLOCK pictures are shuffled.
 """
 
-import glob
 import json
 import re
 import tarfile
@@ -31,7 +30,7 @@ from encoders.hub import hub_answers
 from training import distributed
 from utils.cache import cache_key, file_stats
 from utils.errors import UserError
-from utils.files import atomic_dir, write_json
+from utils.files import atomic_dir, expand, write_json
 from utils.images import PICTURE_ENDINGS, decode_image
 
 BLOCK = 1024  # pictures that are shuffled together; they are kept in memory as files
@@ -56,17 +55,6 @@ class Record:
     def problem(self):
         """What is missing; empty where nothing is."""
         return "" if self.picture and self.captions else f"{self.key}: no {'caption' if self.picture else 'picture'}"
-
-
-def expand(pattern):
-    """The files that a pattern names, sorted; {000..099} in it stands for these numbers, * for anything."""
-    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
-    if not numbers:
-        return sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]
-    first, last = numbers.groups()
-    before, after = pattern[: numbers.start()], pattern[numbers.end() :]
-    names = [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
-    return [path for name in names for path in expand(name)]
 
 
 class Shards:

@@ -2,11 +2,14 @@
 
 import contextlib
 import errno
+import functools
+import glob
 import json
 import os
 import platform
 import re
 import shutil
+import tarfile
 import time
 from pathlib import Path
 
@@ -110,3 +113,39 @@ def atomic_dir(folder):
 def write_json(path, value):
     """Writes plain values as a JSON file, atomically."""
     atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+# ---- files within tar files ----------------------------------------------------------------------------------------
+
+
+def expand(pattern):
+    """The files that a pattern names, sorted; {000..099} in it stands for these numbers, * for anything."""
+    numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    if not numbers:
+        return sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]
+    first, last = numbers.groups()
+    before, after = pattern[: numbers.start()], pattern[numbers.end() :]
+    names = [f"{before}{number:0{len(first)}d}{after}" for number in range(int(first), int(last) + 1)]
+    return [path for name in names for path in expand(name)]
+
+
+@functools.lru_cache(maxsize=8)
+def tar_members(path, changed):
+    """{name: (offset, bytes)} of the files in a tar file. changed: its modification time, so that a new one is read again."""
+    with tarfile.open(path) as archive:
+        return {member.name: (member.offset_data, member.size) for member in archive if member.isfile()}
+
+
+def read_bytes(path):
+    """The contents of a file, which may lie in a tar file: FOLDER/FILE.tar/NAME. Raises OSError where it cannot be read."""
+    archive, tar, name = str(path).replace(os.sep, "/").rpartition(".tar/")
+    if not tar or Path(path).exists():
+        return Path(path).read_bytes()
+    archive = f"{archive}.tar"
+    try:
+        offset, size = tar_members(archive, os.stat(archive).st_mtime_ns)[name]
+    except (KeyError, tarfile.TarError):
+        raise FileNotFoundError(f"{path}: no such file in {archive}") from None
+    with open(archive, "rb") as file:
+        file.seek(offset)
+        return file.read(size)

@@ -4,6 +4,7 @@ An image is an RGB uint8 array, (height, width, 3), whose shorter side is the im
 later, in `modules.ImageEncoder`, on the encoder's device.
 """
 
+import io
 import os
 
 MAX_PIXELS = 200_000_000  # larger images are not decoded, to limit memory
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from utils.cache import cache_key, file_stats, require_space
 from utils.errors import UserError
-from utils.files import replace, temporary_path
+from utils.files import read_bytes, replace, temporary_path
 
 HEIC_ENDINGS = {".heic", ".heif"}
 PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"} | HEIC_ENDINGS
@@ -84,7 +85,7 @@ def read_image(path, size, resize=AREA):
     """
     if Path(path).suffix.lower() in HEIC_ENDINGS:
         return resize_image(read_heic(path), size, resize)
-    return decode_image(Path(path).read_bytes(), size, resize)  # not cv2.imread, which fails for non-ASCII names on Windows
+    return decode_image(read_bytes(path), size, resize)  # not cv2.imread, which fails for non-ASCII names on Windows
 
 
 def decode_image(contents, size, resize=AREA):
@@ -110,7 +111,9 @@ def read_heic(path):
         raise ValueError("HEIC pictures need pillow-heif: pip install pillow-heif") from None
     pillow_heif.register_heif_opener()
     try:
-        with Image.open(path, formats=["HEIF"]) as picture:  # only this decoder: the file could be of any format
+        with Image.open(
+            io.BytesIO(read_bytes(path)), formats=["HEIF"]
+        ) as picture:  # only this decoder: the file could be of any format
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from None

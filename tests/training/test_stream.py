@@ -24,8 +24,9 @@ from config import parse_config
 from training import distributed, stream
 from training.plan import print_plan
 from training.shards import shards as write_shards
-from training.stream import Shards, StreamLoader, expand, load_index, open_stream
+from training.stream import Shards, StreamLoader, load_index, open_stream
 from utils.errors import UserError
+from utils.files import expand
 
 
 @pytest.fixture(scope="module")

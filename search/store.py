@@ -1,0 +1,181 @@
+"""What is kept of a gallery on disk: a SQLite file with its pictures, and beside it a file with their vectors.
+
+The file of vectors is memory-mapped: a header, then a row of float16 numbers per picture. Rows are only added; a row whose
+picture was deleted or has changed stays behind until `Store.compact`. A block of rows is on disk, with its checksum, before
+SQLite's transaction names it, so a process that is killed leaves nothing half-written. Two processes can use the same store.
+"""
+
+import contextlib
+import os
+import sqlite3
+import uuid
+import zlib
+
+import numpy as np
+
+SCHEMA = (
+    "CREATE TABLE IF NOT EXISTS pictures (path TEXT PRIMARY KEY, bytes INTEGER NOT NULL, "
+    "changed INTEGER NOT NULL, row INTEGER UNIQUE) WITHOUT ROWID",  # changed: in ns; row: NULL if the picture cannot be read
+    "CREATE TABLE IF NOT EXISTS blocks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, checksum INTEGER NOT NULL)",
+    "CREATE TABLE IF NOT EXISTS generation (name TEXT NOT NULL)",  # in the names of the files that belong to this database
+    "CREATE TEMP TABLE listed (path TEXT PRIMARY KEY, bytes INTEGER, changed INTEGER) WITHOUT ROWID",
+)
+TIMEOUT = 60  # seconds to wait for another command's transaction
+MAGIC = b"CLIP vectors 1"
+HEADER = 64  # bytes, so that rows are aligned
+BLOCK = 32_768  # rows that are copied at once
+MAX_STALE = 0.2  # share of rows without a picture, above which they are removed
+
+
+class Store:
+    """A gallery's pictures and vectors of a width. path: of the SQLite file.
+
+    Raises sqlite3.DatabaseError where it is damaged, and ValueError where the file of vectors is.
+    """
+
+    def __init__(self, path, width):
+        self.path, self.width = path, width
+        self.database = sqlite3.connect(path, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)
+        with self.transaction():
+            for statement in SCHEMA:
+                self.database.execute(statement)
+            self.database.execute(
+                "INSERT INTO generation SELECT ? WHERE NOT EXISTS (SELECT * FROM generation)", [uuid.uuid4().hex[:8]]
+            )
+        self.vectors()
+
+    @contextlib.contextmanager
+    def transaction(self):
+        """A context in which only this process writes, and whose changes are all kept or, after an exception, all dropped."""
+        self.database.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self.database.execute("COMMIT")
+        except BaseException:
+            if self.database.in_transaction:
+                self.database.execute("ROLLBACK")
+            raise
+
+    def one(self, query, values=()):
+        """The first column of the first row that a query finds."""
+        return self.database.execute(query, values).fetchone()[0]
+
+    def generation(self):
+        """The name of the present numbering of the rows."""
+        return self.one("SELECT name FROM generation")
+
+    def companion(self, suffix):
+        """The path of a file that belongs to this database."""
+        return self.path.with_name(f"{self.path.stem}-{self.generation()}{suffix}")
+
+    def num_rows(self):
+        """How many rows the file of vectors has."""
+        return self.one("SELECT COALESCE(MAX(first + count), 0) FROM blocks")
+
+    def vectors(self):
+        """All rows, memory-mapped: (M, width) float16. Raises ValueError where the file is missing, shorter or another."""
+        count, path = self.num_rows(), self.companion(".vectors")
+        if not count:
+            return np.empty((0, self.width), dtype=np.float16)
+        size = HEADER + 2 * count * self.width
+        if not path.exists() or path.stat().st_size < size:
+            raise ValueError(f"{path.name} is missing or truncated")
+        with open(path, "rb") as file:
+            if file.read(HEADER) != header(self.width):
+                raise ValueError(f"{path.name} is another file, or of another width")
+        return np.memmap(path, mode="c", dtype=np.float16, offset=HEADER, shape=(count, self.width))
+
+    def add(self, pictures):
+        """Adds or replaces pictures, (path, bytes, changed, vector); vector: (width,), or None for one that cannot be read."""
+        vectors = [vector for *_, vector in pictures if vector is not None]
+        with self.transaction():
+            row, entries = self.num_rows(), []
+            if vectors:
+                self.write_rows(row, np.stack(vectors).astype(np.float16))
+            for path, size, changed, vector in pictures:
+                entries.append((path, size, changed, None if vector is None else row))
+                row += vector is not None
+            self.database.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", entries)
+
+    def write_rows(self, first, vectors):
+        """Writes a block of rows, and notes it; within a transaction."""
+        contents, path = vectors.tobytes(), self.companion(".vectors")
+        with open(path, "r+b" if path.exists() else "w+b") as file:
+            file.write(header(self.width))
+            file.seek(HEADER + 2 * first * self.width)
+            file.write(contents)
+            file.truncate()  # what a killed process left
+            file.flush()
+            os.fsync(file.fileno())
+        self.database.execute("INSERT INTO blocks VALUES (?, ?, ?)", [first, len(vectors), zlib.crc32(contents)])
+
+    def drop_damaged(self, last_only=False):
+        """Forgets the pictures of blocks whose checksum does not match, so that they are embedded again. Returns how many.
+
+        last_only: only the last block is read, which is the one that a crash of the machine can have damaged.
+        """
+        vectors, dropped = self.vectors(), 0
+        limit = " ORDER BY first DESC LIMIT 1" if last_only else ""
+        for first, count, checksum in self.database.execute(f"SELECT * FROM blocks{limit}").fetchall():
+            if zlib.crc32(vectors[first : first + count].tobytes()) != checksum:
+                with self.transaction():
+                    bounds = [first, first + count - 1]
+                    dropped += self.database.execute("DELETE FROM pictures WHERE row BETWEEN ? AND ?", bounds).rowcount
+        return dropped
+
+    def list_files(self, files, folder):
+        """Notes the files of a gallery, (path, bytes, changed), and forgets pictures of the folder that are gone.
+
+        folder: None if the files are only some of a folder's pictures. Returns how many files there are.
+        """
+        with self.transaction():
+            self.database.execute("DELETE FROM listed")
+            self.database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?)", files)
+            if folder:  # all paths in it lie between these
+                bounds = [os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.abspath(folder), "\U0010ffff")]
+                gone = "DELETE FROM pictures WHERE path BETWEEN ? AND ? AND path NOT IN (SELECT path FROM listed)"
+                self.database.execute(gone, bounds)
+        return self.one("SELECT COUNT(*) FROM listed")
+
+    def stale(self):
+        """The listed files that are new or have changed, (path, bytes, changed)."""
+        joined = "SELECT listed.* FROM listed LEFT JOIN pictures USING (path) WHERE pictures.path IS NULL"
+        changed = "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed"
+        return self.database.execute(f"{joined} {changed} ORDER BY path").fetchall()
+
+    def pictures(self):
+        """Yields (row, path) of the listed files that can be read, in the order of their paths."""
+        joined = "listed CROSS JOIN pictures USING (path)"  # so that SQLite goes through the listed ones in their order
+        return self.database.execute(f"SELECT row, path FROM {joined} WHERE row IS NOT NULL ORDER BY path")
+
+    def path_of(self, row, generation):
+        """The path of a row's picture; None if it is gone since, or if rows were numbered again since this generation."""
+        same = "(SELECT name FROM generation) = ?"
+        found = self.database.execute(f"SELECT path FROM pictures WHERE row = ? AND {same}", [int(row), generation]).fetchone()
+        return found[0] if found else None
+
+    def compact(self):
+        """Copies the rows that have a picture into a new file of vectors, where too many have none."""
+        count, used = self.num_rows(), self.one("SELECT COUNT(row) FROM pictures")
+        if count - used <= MAX_STALE * count:
+            return
+        old, vectors = [self.companion(suffix) for suffix in (".vectors", ".faiss")], self.vectors()
+        with self.transaction():
+            rows = np.sort(
+                np.fromiter((r for (r,) in self.database.execute("SELECT row FROM pictures WHERE row >= 0")), np.int64)
+            )
+            self.database.execute("UPDATE generation SET name = ?", [uuid.uuid4().hex[:8]])
+            self.database.execute("DELETE FROM blocks")
+            for start in range(0, len(rows), BLOCK):
+                self.write_rows(start, vectors[rows[start : start + BLOCK]])
+            # Row numbers are unique at each moment, so they first become negative.
+            self.database.execute("UPDATE pictures SET row = -1 - row WHERE row IS NOT NULL")
+            moved = ((new, -1 - int(row)) for new, row in enumerate(rows))
+            self.database.executemany("UPDATE pictures SET row = ? WHERE row = ?", moved)
+        for path in old:
+            with contextlib.suppress(OSError):  # on Windows one that another process has mapped stays
+                path.unlink()
+
+
+def header(width):
+    return (MAGIC + b" %d" % width).ljust(HEADER, b"\0")
