@@ -41,6 +41,12 @@ def spread(values, digits=1):
     return f"{statistics.median(values):,.{digits}f} ({min(values):,.{digits}f} to {max(values):,.{digits}f})"
 
 
+def peak_megabytes():
+    """The largest resident memory of this process (Linux). Not getrusage's, which begins with that of the parent process."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+
 def processor():
     """The name of the processor, if the system knows it."""
     try:

@@ -11,7 +11,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 APPROXIMATE_FROM = 100_000  # pictures; for fewer, exact search takes milliseconds
-BLOCK = 32_768  # vectors that are read at once
+BLOCK = 8192  # vectors that are read at once; more no longer fit in the processor's cache
 DIMS_PER_CODE = 8  # a code of BITS bits for so many dimensions
 BITS = 8
 TRAINING_SAMPLE = 100_000  # vectors from which lists and codes are learned
@@ -102,7 +102,14 @@ def open_index(path, vectors):
     for start in range(index.ntotal, len(vectors), BLOCK):
         block = vectors[start : start + BLOCK].astype(np.float32)
         index.add_with_ids(block, np.arange(start, start + len(block)))
-    atomic_write(path, lambda temporary: faiss.write_index(index, str(temporary)))
+
+    def write(temporary):
+        try:
+            faiss.write_index(index, str(temporary))
+        except RuntimeError as error:  # of a full disk, for example
+            raise UserError(f"{path}: cannot be written ({str(error).splitlines()[-1][:120]}); free space") from None
+
+    atomic_write(path, write)
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
 
 
