@@ -492,6 +492,10 @@ def rules(config):
     kept = "--image-unfreeze-from, --extra-data, --gan, --train-images and --no-unique-images need a folder; leave them out"
     other = c.image_unfreeze_from or c.extra_data or joint or c.train_images or not c.unique_images
     yield stream and other, f"{shards}; {kept}"
+    places = "--captions-path, --image-path: are of a folder, and --data-dir names shards; leave them out"
+    yield stream and (c.captions_path or c.image_path), places
+    columns = "--image-column, --caption-column: are of parquet files or hf:NAME, and --data-dir names a folder; leave them out"
+    yield not stream and (c.image_column or c.caption_column), columns
     yield c.flip_left_right and not c.hflip, "--flip-left-right: flips nothing without --hflip; add it"
     nothing = "--freeze both, --num-projection-layers 0: nothing but the temperature is left to train; leave one out"
     yield c.freezes("image") and c.freezes("text") and c.num_projection_layers == 0, nothing
@@ -541,7 +545,7 @@ def without_paths(config):
 def last_part(name):
     """A path's last part; the name of a model on a hub, such as google-bert/bert-base-uncased, as it is."""
     if name.startswith(HUB_PREFIX):
-        return name
+        return HUB_PREFIX + last_part(name.removeprefix(HUB_PREFIX))
     if name.startswith(OPEN_CLIP):
         model, at, weights = name.partition("@")
         return f"{model}{at}{Path(weights).name}"

@@ -26,7 +26,7 @@ from search.queries import (
     read_queries,
 )
 from training import distributed
-from utils.errors import UserError, run_command
+from utils.errors import UserError, lost_process, run_command
 from utils.files import write_json
 from utils.images import center_crop, read_image
 from utils.plots import draw_grid, overlay
@@ -154,7 +154,10 @@ def embed_pictures(run, images, cache_dir, num_workers, device, precision):
     started = time.perf_counter()
     device = distributed.init_distributed(device)
     model, device, dtype = open_model(run, device, precision)
-    gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact=True)
+    try:
+        gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact=True)
+    except RuntimeError as error:
+        raise lost_process(error) from None
     seconds = time.perf_counter() - started
     print(f"{len(gallery.paths):,} pictures are embedded, {run}; {seconds:.1f} s")
     distributed.destroy_distributed()

@@ -10,7 +10,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise DistributedDataParallel warns of what is as it should be
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else DistributedDataParallel warns that all weights are used
 
 import torch
 
@@ -35,7 +35,7 @@ from training.plan import print_plan, warn_of_memory
 from training.report import draw_generated_pictures, history_row, print_epoch, print_setup, validate, write_report
 from training.state import create_state
 from training.steps import train_epoch
-from training.stream import open_stream
+from training.stream import open_stream, stream_files
 from training.trackers import Trackers, load_package
 from utils.cache import cache_line, note_use
 from utils.device import make_deterministic, pick_device, pick_dtype, speed_up_cpu
@@ -48,8 +48,8 @@ def train(config):
     device, dtype = set_up(config)
     run_dir = Path(config.run_dir)
     with distributed.main_process_first():
-        stream = open_stream(config)
         table, image_dir, skipped = read_table(config)
+        stream = open_stream(config)
     model = create_model(config, stream.captions if stream else table["caption"][table["split"] == "train"])
     config = settings_of_model(config, model)
     if config.image_unfreeze_from:
@@ -69,8 +69,10 @@ def train(config):
             save_weights(model, run_dir)  # the best so far; fine-tuning may not improve on it
     model.to(device, memory_format=torch.channels_last)
     with distributed.main_process_first():
-        note_use(run_dir, splits["val"].pictures.dataset.folder)
+        for path in (splits["val"].pictures.dataset.folder, *stream_files(config, stream, image_dir)):
+            note_use(run_dir, path)
         freeze_encoders(config, model, splits, image_dir, device, dtype)
+    distributed.broadcast_weights(model)
     start = score_start(config, model, splits, device, dtype)
     if config.lora_rank:
         add_adapters(model, config.lora_rank)

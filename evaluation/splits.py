@@ -45,6 +45,8 @@ def select_rows(run, data_paths, split, skip_bad):
         table, image_dir, skipped = validation_table(config)
     else:
         table, image_dir, skipped = load_captions(*data_paths, skip_bad=skip_bad)
+    if config and not own_data and is_stream(config.data_dir):
+        print("this run was trained on shards, whose pictures it does not list: see that none of these is among them")
     of_split = table if split == "all" else table[table["split"] == split]
     if of_split.empty:
         counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)

@@ -1,7 +1,7 @@
 """The pictures of a folder and their embeddings, which are kept on disk (`search.store`).
 
 A later search embeds only new and changed pictures, and forgets deleted ones. Several processes (torchrun) embed a share of the
-pictures each, and write what they have embedded into files of its own, which the first process adds to the store.
+pictures each. Each writes its own files, which the first process adds to the store.
 """
 
 import contextlib
@@ -164,7 +164,7 @@ def read_gallery(store, exact):
     compressed = None
     if len(rows) > index.APPROXIMATE_FROM and not exact:
         if not index_path.exists() and (dropped := store.drop_damaged()):
-            raise ValueError(f"{dropped:,} of its vectors")
+            raise UserError(f"{store.path}: {dropped:,} of its vectors were damaged; run the command again to embed them again")
         compressed = CompressedIndex(open_index(index_path, vectors), vectors, rows)
     return Gallery(paths, vectors, rows, compressed)
 
@@ -197,14 +197,16 @@ def update(store, model, files, folder, device, dtype, num_workers):
         if distributed.is_main_process():
             merge_parts(store, parts)
         count = store.list_files(files, folder if distributed.is_main_process() else None)
-    stale = store.stale()
-    if stale:
-        print(f"embedding {len(stale):,} of {count:,} pictures: new, changed, or not yet embedded with this model", flush=True)
-    size, rank, pending = distributed.size(), distributed.rank(), []
-    stale = [entry for entry in stale if zlib.crc32(entry[0].encode()) % size == rank]
+    size, rank, num_stale, own, pending = distributed.size(), distributed.rank(), 0, [], []
+    for entry in store.stale():
+        num_stale += 1
+        if zlib.crc32(entry[0].encode()) % size == rank:
+            own.append(entry)
+    if num_stale:
+        print(f"embedding {num_stale:,} of {count:,} pictures: new, changed, or not yet embedded with this model", flush=True)
     write = store.add if size == 1 else lambda pictures: write_part(parts, pictures)
-    for position, embedding in file_embeddings(model, [path for path, *_ in stale], device, dtype, num_workers):
-        pending.append((*stale[position], None if embedding is None else embedding.numpy()))
+    for position, embedding in file_embeddings(model, [path for path, *_ in own], device, dtype, num_workers):
+        pending.append((*own[position], None if embedding is None else embedding.numpy()))
         if len(pending) == WRITE_EVERY:
             write(pending)
             pending = []
@@ -235,10 +237,13 @@ def write_part(folder, pictures):
 def merge_parts(store, folder):
     """Adds the files of `write_part` to a store, and removes them."""
     for path in sorted(folder.glob("*.npz")):
-        with np.load(path) as part:
-            vectors = iter(part["vectors"])
-            columns = zip(part["paths"].tolist(), part["sizes"].tolist(), part["changed"].tolist(), part["readable"])
-            store.add([(*entry, next(vectors) if readable else None) for *entry, readable in columns])
-        path.unlink()
+        try:
+            with np.load(path) as part:
+                vectors = iter(part["vectors"])
+                columns = zip(part["paths"].tolist(), part["sizes"].tolist(), part["changed"].tolist(), part["readable"])
+                store.add([(*entry, next(vectors) if readable else None) for *entry, readable in columns])
+        except FileNotFoundError:  # another command has added it meanwhile
+            continue
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # there is none, or another process writes there
         folder.rmdir()

@@ -74,7 +74,10 @@ def best_matches(gallery, embedding, image_filenames, n):
     """
     scores, positions = top_k(gallery, embedding, n)
     matches = [(image_filenames[i], score) for i, score in zip(positions.tolist(), scores.tolist())]
-    return [(name, score) for name, score in matches if name is not None]
+    matches = [(name, score) for name, score in matches if name is not None]
+    if len(positions) and not matches:
+        raise UserError("the pictures were deleted or embedded again meanwhile; start the search again")
+    return matches
 
 
 def newest_run():

@@ -3,6 +3,9 @@
 The file of vectors is memory-mapped: a header, then a row of float16 numbers per picture. Rows are only added; a row whose
 picture was deleted or has changed stays behind until `Store.compact`. A block of rows is on disk, with its checksum, before
 SQLite's transaction names it, so a process that is killed leaves nothing half-written. Two processes can use the same store.
+
+A generation is one numbering of the rows; its name is in the names of the files beside the database. What a command searches is
+first listed in a temporary table.
 """
 
 import contextlib
@@ -42,12 +45,21 @@ class Store:
             self.database.execute(
                 "INSERT INTO generation SELECT ? WHERE NOT EXISTS (SELECT * FROM generation)", [uuid.uuid4().hex[:8]]
             )
-        self.vectors()
+            self.vectors()
+            self.remove_leftovers()
+
+    def remove_leftovers(self):
+        """Removes files of earlier generations, which a process that was killed may have left."""
+        own = self.companion("").name
+        for path in self.path.parent.glob(f"{self.path.stem}-*"):
+            if path.suffix in (".vectors", ".faiss") and path.stem != own:
+                with contextlib.suppress(OSError):  # on Windows one that another process has mapped stays
+                    path.unlink()
 
     @contextlib.contextmanager
-    def transaction(self):
-        """A context in which only this process writes, and whose changes are all kept or, after an exception, all dropped."""
-        self.database.execute("BEGIN IMMEDIATE")
+    def transaction(self, kind="IMMEDIATE"):
+        """A context whose changes are all kept or, after an exception, all dropped. IMMEDIATE: no other process writes."""
+        self.database.execute(f"BEGIN {kind}")
         try:
             yield
             self.database.execute("COMMIT")
@@ -114,11 +126,11 @@ class Store:
 
         last_only: only the last block is read, which is the one that a crash of the machine can have damaged.
         """
-        vectors, dropped = self.vectors(), 0
-        limit = " ORDER BY first DESC LIMIT 1" if last_only else ""
-        for first, count, checksum in self.database.execute(f"SELECT * FROM blocks{limit}").fetchall():
-            if zlib.crc32(vectors[first : first + count].tobytes()) != checksum:
-                with self.transaction():
+        limit, dropped = " ORDER BY first DESC LIMIT 1" if last_only else "", 0
+        with self.transaction():
+            vectors = self.vectors()
+            for first, count, checksum in self.database.execute(f"SELECT * FROM blocks{limit}").fetchall():
+                if zlib.crc32(vectors[first : first + count].tobytes()) != checksum:
                     bounds = [first, first + count - 1]
                     dropped += self.database.execute("DELETE FROM pictures WHERE row BETWEEN ? AND ?", bounds).rowcount
         return dropped
@@ -128,20 +140,21 @@ class Store:
 
         folder: None if the files are only some of a folder's pictures. Returns how many files there are.
         """
-        with self.transaction():
+        with self.transaction("DEFERRED"):  # listing takes long, and writes a temporary table only
             self.database.execute("DELETE FROM listed")
             self.database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?)", files)
-            if folder:  # all paths in it lie between these
-                bounds = [os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.abspath(folder), "\U0010ffff")]
-                gone = "DELETE FROM pictures WHERE path BETWEEN ? AND ? AND path NOT IN (SELECT path FROM listed)"
-                self.database.execute(gone, bounds)
+        if folder:  # all paths in it lie between these; what is in tar files there is not listed
+            bounds = [os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.abspath(folder), "\U0010ffff")]
+            gone = "path BETWEEN ? AND ? AND path NOT LIKE '%.tar/%' AND path NOT IN (SELECT path FROM listed)"
+            with self.transaction():
+                self.database.execute(f"DELETE FROM pictures WHERE {gone}", bounds)
         return self.one("SELECT COUNT(*) FROM listed")
 
     def stale(self):
-        """The listed files that are new or have changed, (path, bytes, changed)."""
+        """Yields the listed files that are new or have changed, (path, bytes, changed)."""
         joined = "SELECT listed.* FROM listed LEFT JOIN pictures USING (path) WHERE pictures.path IS NULL"
         changed = "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed"
-        return self.database.execute(f"{joined} {changed} ORDER BY path").fetchall()
+        return self.database.execute(f"{joined} {changed} ORDER BY path")
 
     def pictures(self):
         """Yields (row, path) of the listed files that can be read, in the order of their paths."""
@@ -154,13 +167,20 @@ class Store:
         found = self.database.execute(f"SELECT path FROM pictures WHERE row = ? AND {same}", [int(row), generation]).fetchone()
         return found[0] if found else None
 
+    def is_stale(self):
+        """Whether too many rows have no picture."""
+        count = self.num_rows()
+        return count - self.one("SELECT COUNT(row) FROM pictures") > MAX_STALE * count
+
     def compact(self):
         """Copies the rows that have a picture into a new file of vectors, where too many have none."""
-        count, used = self.num_rows(), self.one("SELECT COUNT(row) FROM pictures")
-        if count - used <= MAX_STALE * count:
+        if not self.is_stale():
             return
-        old, vectors = [self.companion(suffix) for suffix in (".vectors", ".faiss")], self.vectors()
+        self.drop_damaged()  # what is copied gets new checksums
         with self.transaction():
+            if not self.is_stale():  # another process was faster
+                return
+            vectors = self.vectors()
             rows = np.sort(
                 np.fromiter((r for (r,) in self.database.execute("SELECT row FROM pictures WHERE row >= 0")), np.int64)
             )
@@ -172,9 +192,7 @@ class Store:
             self.database.execute("UPDATE pictures SET row = -1 - row WHERE row IS NOT NULL")
             moved = ((new, -1 - int(row)) for new, row in enumerate(rows))
             self.database.executemany("UPDATE pictures SET row = ? WHERE row = ?", moved)
-        for path in old:
-            with contextlib.suppress(OSError):  # on Windows one that another process has mapped stays
-                path.unlink()
+        self.remove_leftovers()
 
 
 def header(width):

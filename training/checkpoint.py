@@ -10,6 +10,7 @@ import filelock
 import numpy as np
 import pandas as pd
 import torch
+from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from captions import SPLITS, write_splits
 from clip import describe_encoders
@@ -90,6 +91,8 @@ def load_optimizer(optimizer, saved):
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("its optimizer has other parameters")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    if isinstance(optimizer, ZeroRedundancyOptimizer):
+        optimizer.state.clear()  # a second copy; its own share is in optimizer.optim
 
 
 # ---- the run folder ----------------------------------------------------------------------------------------------

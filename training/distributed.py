@@ -131,16 +131,20 @@ def all_gather(rows):
     return torch.cat([rows[:count] for rows, count in zip(gathered, counts)])
 
 
-def data_parallel(module):
-    """The module itself or, in several processes, one whose backward pass averages the parameters' gradients over the ranks.
+def broadcast_weights(model):
+    """Copies the main process's weights and buffers to all ranks."""
+    if size() > 1:
+        for value in model.state_dict().values():
+            dist.broadcast(value, 0)
 
-    The main process's weights and buffers are first copied to all ranks.
-    """
+
+def data_parallel(module):
+    """The module itself or, in several processes, one whose backward pass averages the parameters' gradients over the ranks."""
     if size() == 1:
         return module
     # Statistics of BatchNorm differ between ranks until `average_batch_norm_statistics`; broadcasting them in each step instead
     # would take those of one rank. Some text encoders have weights that no caption uses.
-    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # from torch 2.15 on another word for the first one
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # torch 2.15 has a new name for broadcast_buffers
         return DistributedDataParallel(module, broadcast_buffers=False, find_unused_parameters=True)
 
 

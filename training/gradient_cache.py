@@ -105,7 +105,7 @@ def backward(model, embedder, batches, seeds, device, dtype, scaler, objective=C
         return loss
     parts = zip(seeds, gradient_i.split(sizes), gradient_t.split([k * m for m in sizes]))
     for number, (seed, *part_gradients) in enumerate(parts, start=1):
-        stays = distributed.gradients_stay_here(embedder) if number < len(seeds) else contextlib.nullcontext()
-        with stays:
+        last = number == len(seeds)
+        with contextlib.nullcontext() if last else distributed.gradients_stay_here(embedder):
             torch.autograd.backward(embed(embedder, next(batches), device, dtype, seed), part_gradients)
     return loss

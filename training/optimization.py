@@ -59,10 +59,10 @@ def layers_above(encoder, prefix):
 
 def create_optimizer(groups, device, sharded=False):
     """AdamW. sharded: each of several processes keeps the two averages of its share of the parameters only."""
-    options = {"fused": device.type in ("cpu", "cuda")}
     if sharded and distributed.size() > 1:
-        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, **options)
-    return torch.optim.AdamW(groups, **options)
+        # What is loaded into it has its steps on the CPU, which fused steps on a GPU refuse.
+        return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, fused=device.type == "cpu")
+    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
 
 
 def is_stale(rsums, start_rsum, epochs):

@@ -20,7 +20,7 @@ from captions import SPLIT_LISTS, load_captions
 from config import run_cli
 from utils.errors import UserError, run_command
 from utils.files import atomic_dir
-from utils.images import HEIC_ENDINGS, PREFETCH, read_image
+from utils.images import HEIC_ENDINGS, PREFETCH, read_heic, read_image
 
 KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of files that are copied as they are, unless they are too large
 JPEG_QUALITY = 95
@@ -33,12 +33,16 @@ def shard_picture(path, size):
     """
     ending = path.suffix.lower()
     if ending in HEIC_ENDINGS:
-        shorter = size + 1
+        shorter = min(read_heic(path).shape[:2])
     else:
-        with Image.open(path) as header:
-            shorter = min(header.size)
-    picture = read_image(path, size or shorter)  # also where it is not used, so that no broken picture gets into a shard
-    if ending in KEPT_ENDINGS and not 0 < size < shorter:
+        try:
+            with Image.open(path) as header:
+                shorter = min(header.size)
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from None
+    size = min(size or shorter, shorter)
+    picture = read_image(path, size)  # also where it is not used, so that no broken picture gets into a shard
+    if ending in KEPT_ENDINGS and size == shorter:
         return ending[1:], path.read_bytes()
     ending = ".png" if ending == ".png" else ".jpg"
     encoded = cv2.imencode(ending, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]

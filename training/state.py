@@ -9,7 +9,7 @@ from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip import CLIPModel, describe_encoders, save_weights
-from config import Config, generated_per_batch, load_run
+from config import Config, generated_per_batch, is_stream, load_run
 from encoders.tokenizer import read_tokenizer
 from generation.joint import Joint
 from training import distributed
@@ -60,7 +60,8 @@ class TrainState:
 
     def average_batch_norm_statistics(self):
         """Averages running statistics over the ranks, which each have seen their own pictures."""
-        distributed.average_batch_norm_statistics(self.model, *([self.average] if self.average else []))
+        if not self.config.freezes("image"):
+            distributed.average_batch_norm_statistics(self.model, *([self.average] if self.average else []))
 
     def save_epoch(self, best):
         """Writes an epoch's results, in the main process. best: whether to save its weights as the best ones."""
@@ -90,7 +91,12 @@ class TrainState:
             raise UserError(f"{run_dir}: {broken} is not finite; the last good checkpoint is kept; --resume with lower rates")
         saved = {"model": weights, "optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
         saved |= {"history": self.history, "losses": torch.stack(self.losses).cpu() if self.losses else []}
-        saved |= {"batch_size": self.config.batch_size, "data": self.data_key, "frozen": self.frozen_key}
+        saved |= {
+            "batch_size": self.config.batch_size,
+            "processes": distributed.size(),
+            "data": self.data_key,
+            "frozen": self.frozen_key,
+        }
         if self.average:
             saved["average"] = self.trained_tensors(self.average)
         if self.joint:
@@ -134,6 +140,11 @@ class TrainState:
             raise UserError(
                 f"--batch-size {batch_size}: {run_dir} stopped within an epoch with batches of {saved['batch_size']}; "
                 "finish that epoch before changing it"
+            )
+        if len(saved["losses"]) and is_stream(self.config.data_dir) and saved["processes"] != distributed.size():
+            raise UserError(
+                f"{run_dir}: stopped within an epoch with {saved['processes']} processes, which have shards of their own each; "
+                "finish that epoch with as many"
             )
 
 

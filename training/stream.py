@@ -10,6 +10,7 @@ opens only the shards that it has not finished.
 Each process has shards of its own. Each epoch has another order of them, and blocks of BLOCK pictures are shuffled.
 """
 
+import contextlib
 import json
 import re
 import tarfile
@@ -17,9 +18,11 @@ import threading
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import groupby, islice
+from operator import itemgetter
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 
 from captions import CAPTION_COLUMNS, SPLIT_LISTS, hashed_split, load_captions, mentions_left_or_right
@@ -57,6 +60,16 @@ class Record:
         return "" if self.picture and self.captions else f"{self.key}: no {'caption' if self.picture else 'picture'}"
 
 
+@contextlib.contextmanager
+def damage_named(shard):
+    """A context in which what `datasets` raises for a damaged shard becomes a UserError with its name."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, RuntimeError, tarfile.TarError) as error:
+        reason = str(error).strip().split("\n")[0][:160]
+        raise UserError(f"{shard}: damaged ({type(error).__name__}: {reason}); fix or remove it") from None
+
+
 class Shards:
     """The shards that --data-dir or --val-data names: names, and read(shard, start) for the records of one from a position on.
 
@@ -67,21 +80,27 @@ class Shards:
     def __init__(self, pattern, columns=("", ""), flag="--data-dir"):
         import datasets  # takes more than a second, and only shards need it
 
-        self.pattern, self.flag, self.files = pattern, flag, []
+        self.pattern, self.flag, self.files, self.columns = pattern, flag, [], columns
         self.tars = pattern.endswith(".tar")
         datasets.disable_progress_bars()
         if not pattern.startswith(HUB_PREFIX):
             self.files = expand(pattern)
             missing = [path for path in self.files if not Path(path).is_file()]
+            self.contents = file_stats(self.files)
             if missing or not self.files:
                 raise UserError(f"{flag} {pattern}: no such file{f' as {missing[0]}' if missing else 's'}; check the pattern")
         try:
             self.dataset = self.open_tars(datasets) if self.tars else self.open_tables(datasets, columns)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0][:160]
             raise UserError(f"{flag} {pattern}: cannot be read ({type(error).__name__}: {reason})") from None
         count = self.dataset.num_shards
         self.names = self.files if len(self.files) == count else [f"{pattern}, part {number}" for number in range(count)]
+
+    @property
+    def key(self):
+        """A cache key of what they hold."""
+        return cache_key(self.pattern, self.columns, self.contents)
 
     def open_tars(self, datasets):
         pictures = {ending: datasets.Image(decode=False) for ending in PICTURES}
@@ -95,7 +114,12 @@ class Shards:
             dataset = datasets.load_dataset("parquet", data_files=self.files, split="train", streaming=True)
         else:
             name, split = self.hub_name()
-            dataset = datasets.load_dataset(name, split=split, streaming=True)
+            if Path(name).is_dir():
+                self.contents = file_stats(sorted(path for path in Path(name).rglob("*") if path.is_file()))
+            else:
+                self.contents = huggingface_hub.HfApi().dataset_info(name).sha
+            revision = self.contents if isinstance(self.contents, str) else None
+            dataset = datasets.load_dataset(name, split=split, revision=revision, streaming=True)
         self.picture, self.captions = find_columns(dataset.features or {}, columns, f"{self.flag} {self.pattern}")
         dataset = dataset.select_columns([self.picture, *self.captions]).reshard()
         is_image = isinstance(dataset.features[self.picture], datasets.Image)
@@ -112,12 +136,9 @@ class Shards:
 
     def read(self, shard, start=0):
         """Yields the `Record`s of a shard. Raises UserError where it is damaged."""
-        rows = self.dataset.shard(self.dataset.num_shards, shard).skip(start)
-        try:
-            for number, row in enumerate(rows, start=start):
+        with damage_named(self.names[shard]):
+            for number, row in enumerate(self.dataset.shard(self.dataset.num_shards, shard).skip(start), start=start):
                 yield tar_record(row, self.names[shard]) if self.tars else self.table_record(row, shard, number)
-        except (OSError, ValueError, tarfile.ReadError) as error:
-            raise UserError(f"{self.names[shard]}: damaged ({error}); fix or remove it") from None
 
     def table_record(self, row, shard, number):
         picture = row[self.picture]
@@ -154,8 +175,13 @@ def tar_record(row, shard):
     picture = next((row[ending]["bytes"] for ending in PICTURES if row[ending]), b"")
     captions = (row["txt"] or "").splitlines()
     if row["json"]:
-        values = row["json"] if isinstance(row["json"], dict) else json.loads(row["json"])
-        captions += [c for name in (*CAPTION_COLUMNS, "captions") if name in values for c in as_captions(values[name])]
+        values = json.loads(row["json"]) if isinstance(row["json"], str) else row["json"]
+        named = (
+            [values[name] for name in (*CAPTION_COLUMNS, "captions") if name in values]
+            if isinstance(values, dict)
+            else [values]
+        )
+        captions += [caption for value in named for caption in as_captions(value)]
     return Record(f"{shard}: {row['__key__']}", picture, list(filter(None, map(str.strip, captions))))
 
 
@@ -178,10 +204,13 @@ class Index:
     captions: list = field(default_factory=list)
 
 
+def index_path(shards, cache_dir):
+    return Path(cache_dir) / f"shards-{shards.key}.json"
+
+
 def load_index(shards, cache_dir):
     """The `Index` of shards, from the cache or counted. Raises UserError for a shard that cannot be read."""
-    key = cache_key(shards.pattern, shards.names, file_stats(shards.files), getattr(shards, "captions", ""))
-    path = Path(cache_dir) / f"shards-{key}.json"
+    path = index_path(shards, cache_dir)
     if path.exists():
         return Index(**json.loads(path.read_text(encoding="utf-8")))
     print(f"counting the pictures of {len(shards.names):,} shards", flush=True)
@@ -194,32 +223,42 @@ def count_tars(shards):
     """The Index of tar files. Pictures are not read. A file that is damaged counts as empty, and is a problem."""
     index = Index([])
     for path in shards.files:
-        keys, captions = {}, []
         try:
             with tarfile.open(path) as archive:
-                for member in filter(tarfile.TarInfo.isfile, archive):
-                    parts = re.match(r"((?:.*/)?[^./]+)\.([^/]*)$", member.name)  # KEY.jpg; as `datasets` takes it apart
-                    if not parts:
-                        continue
-                    key, ending = parts.groups()
-                    found = keys.setdefault(key, {})
-                    found["picture"] = found.get("picture") or ending in PICTURES
-                    if ending in ("txt", "json"):
-                        row = dict.fromkeys([*PICTURES, "txt", "json"]) | {"__key__": key}
-                        row[ending] = archive.extractfile(member).read().decode()
-                        found.setdefault("captions", []).extend(tar_record(row, path).captions)
+                records = list(tar_records(archive, path))
         except (OSError, tarfile.TarError, ValueError, AttributeError) as error:
             index.problems.append(f"{path}: damaged, all its pictures are left out ({error})")
             index.counts.append(0)
             continue
-        for key, found in keys.items():
-            captions += found.get("captions", ())
-            missing = "picture" if not found["picture"] else "" if found.get("captions") else "caption"
-            index.problems += [f"{path}: {key}: no {missing}"] if missing else []
-        index.counts.append(len(keys))
-        index.num_captions += len(captions)
-        index.captions += captions[: MAX_CAPTIONS - len(index.captions)]
+        seen = set()
+        for record in records:
+            apart = f"{record.key}: its files do not lie side by side in the tar file" if record.key in seen else ""
+            index.problems += filter(None, [apart or record.problem])
+            seen.add(record.key)
+            index.num_captions += len(record.captions)
+            index.captions += record.captions[: MAX_CAPTIONS - len(index.captions)]
+        index.counts.append(len(records))
     return index
+
+
+def tar_records(archive, path):
+    """Yields a Record for each run of files with one key, as `datasets` reads them; a picture's bytes stand for all of them."""
+    for key, members in groupby(filter(None, map(tar_member, archive)), key=itemgetter(0)):
+        picture, captions = b"", []
+        for _, ending, member in members:
+            if ending in PICTURES:
+                picture = b"a picture"
+            elif ending in ("txt", "json"):
+                row = dict.fromkeys([*PICTURES, "txt", "json"]) | {"__key__": key}
+                captions += tar_record(row | {ending: archive.extractfile(member).read().decode()}, path).captions
+        yield Record(f"{path}: {key}", picture, captions)
+
+
+def tar_member(member):
+    """(key, ending, member) of a file KEY.ENDING in a tar file; None for what `datasets` does not read."""
+    name = re.match(r"((?:.*/)?[^./]+)\.([^/]*)$", member.name) if member.isfile() else None
+    hidden = member.name.rpartition("/")[2].startswith(("__", "."))
+    return (*name.groups(), member) if name and not hidden else None
 
 
 def count_tables(shards):
@@ -227,12 +266,13 @@ def count_tables(shards):
     index, rows = Index([]), shards.dataset.select_columns(shards.captions)
     for shard in range(len(shards.names)):
         count = 0
-        for row in rows.shard(len(shards.names), shard):
-            captions = [caption for column in shards.captions for caption in as_captions(row[column])]
-            index.problems += [] if captions else [f"{shards.names[shard]}, row {count}: no caption"]
-            count += 1
-            index.num_captions += len(captions)
-            index.captions += captions[: MAX_CAPTIONS - len(index.captions)]
+        with damage_named(shards.names[shard]):
+            for row in rows.shard(len(shards.names), shard):
+                captions = [caption for column in shards.captions for caption in as_captions(row[column])]
+                index.problems += [] if captions else [f"{shards.names[shard]}, row {count}: no caption"]
+                count += 1
+                index.num_captions += len(captions)
+                index.captions += captions[: MAX_CAPTIONS - len(index.captions)]
         index.counts.append(count)
     return index
 
@@ -292,14 +332,14 @@ def open_stream(config):
     return stream
 
 
-def deal(counts, size):
+def shards_of_ranks(counts, size):
     """The shards of each of `size` processes, as lists of positions: the largest first, to the process that has the fewest."""
-    hands, totals = [[] for _ in range(size)], [0] * size
+    shards, totals = [[] for _ in range(size)], [0] * size
     for shard in sorted(range(len(counts)), key=lambda shard: -counts[shard]):
-        poorest = totals.index(min(totals))
-        hands[poorest].append(shard)
-        totals[poorest] += counts[shard]
-    return [sorted(hand) for hand in hands]
+        rank = totals.index(min(totals))
+        shards[rank].append(shard)
+        totals[rank] += counts[shard]
+    return [sorted(own) for own in shards]
 
 
 class StreamLoader:
@@ -307,6 +347,9 @@ class StreamLoader:
 
     It has the sampler's attributes, and is its own batch_sampler. A picture is in an epoch once at most; those that do not fill
     the last batch are left out. A picture that cannot be read, with --skip-bad, leaves its batch one smaller.
+
+    A picture passes four generators: `rows` reads it, `drawn` shuffles and draws captions, `pairs` crops, and `__iter__` makes
+    batches.
     """
 
     def __init__(self, stream, config, model):
@@ -319,9 +362,9 @@ class StreamLoader:
         bounds = np.linspace(0, batch_size, self.parts + 1).round().astype(int)
         self.local_parts = parts_of[self.rank]
         self.sizes = np.diff(bounds)[self.local_parts].tolist()
-        hands = deal(stream.index.counts, size)
-        self.own = hands[self.rank]
-        totals = [sum(stream.index.counts[shard] for shard in hand) for hand in hands]
+        shards = shards_of_ranks(stream.index.counts, size)
+        self.own = shards[self.rank]
+        totals = [sum(stream.index.counts[shard] for shard in own) for own in shards]
         self.steps = min(total // int(np.diff(bounds)[parts].sum()) for total, parts in zip(totals, parts_of))
         if not self.steps:
             raise UserError(
@@ -341,7 +384,10 @@ class StreamLoader:
         """Pairs of `pairs`, or None for one that cannot be read -> a batch of `dataset.collate`."""
         pairs = [pair for pair in pairs if pair]
         if not pairs:
-            raise UserError(f"--data-dir {self.config.data_dir}: a whole batch of its pictures cannot be read; fix the shards")
+            raise UserError(
+                f"--data-dir {self.config.data_dir}: no picture of a batch, or of a micro-batch, can be read; fix the "
+                "shards, or take larger batches"
+            )
         pictures, captions, ids = zip(*pairs)
         count = self.config.captions_per_image
         texts = token_ids(self.tokenizer, [caption for drawn in captions for caption in drawn])
@@ -425,6 +471,12 @@ class StreamLoader:
         return [pair for pair in self.pairs(0, min(count, self.steps * sum(self.sizes))) if pair]
 
 
+def stream_files(config, stream, image_dir):
+    """What a run on shards uses in the cache: the counts, and the folder of unpacked validation pictures."""
+    counts = [index_path(stream.shards, config.cache_dir)] if stream else []
+    return counts + ([image_dir.parent] if is_stream(config.val_data) else [])
+
+
 # ---- validation --------------------------------------------------------------------------------------------------
 
 
@@ -447,10 +499,19 @@ def validation_table(config):
 
 def unpack(shards, config):
     """Writes the pictures and captions of shards into a folder of the cache, unless they are there, and returns it."""
-    folder = Path(config.cache_dir) / f"unpacked-{cache_key(shards.pattern, shards.names, file_stats(shards.files))}"
+    folder = Path(config.cache_dir) / f"unpacked-{cache_key(shards.key, config.skip_bad)}"
     if folder.is_dir():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        write_unpacked(folder, shards, config.skip_bad)
+    except OSError as error:
+        raise UserError(f"--cache-dir {config.cache_dir}: cannot be written ({error.strerror}); name another folder") from None
+    return folder
+
+
+def write_unpacked(folder, shards, skip_bad):
+    """Writes the pictures and captions of shards into a folder; on failure it leaves nothing behind."""
     number, problems = 0, []
     with atomic_dir(folder) as temporary:
         (temporary / "Images").mkdir()
@@ -466,6 +527,5 @@ def unpack(shards, config):
                     captions.writelines(f"{name}\t{' '.join(caption.split())}\n" for caption in record.captions)
                     number += 1
         (temporary / f"shards.{SPLIT_LISTS['val']}").write_text("".join(f"{i:08d}.jpg\n" for i in range(number)))
-        if problems and not config.skip_bad or not number:
+        if problems and not skip_bad or not number:
             raise UserError(f"--val-data {shards.pattern}: {(problems or ['no pictures'])[0]}; fix it, or pass --skip-bad")
-    return folder

@@ -88,6 +88,12 @@ def to_user_error(error, config):
             f"a data loader worker was killed ({reason.splitlines()[0]}); the last checkpoint is kept: use --resume, with "
             "fewer --num-workers if memory ran out"
         )
+    return lost_process(error)
+
+
+def lost_process(error):
+    """A RuntimeError -> a UserError if another process has ended, or the same error."""
+    reason = str(error)
     if dist.is_initialized() and (isinstance(error, dist.DistError) or PEER_GONE.search(reason)):
         return UserError(f"process {dist.get_rank()}: another process has ended; see its message for the reason")
     return error

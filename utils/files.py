@@ -120,6 +120,8 @@ def write_json(path, value):
 
 def expand(pattern):
     """The files that a pattern names, sorted; {000..099} in it stands for these numbers, * for anything."""
+    if os.path.exists(pattern):  # whatever its name
+        return [pattern]
     numbers = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
     if not numbers:
         return sorted(glob.glob(pattern)) if re.search(r"[*?\[]", pattern) else [pattern]

@@ -340,6 +340,17 @@ def test_pictures_in_tar_files_are_those_of_the_folder(model, sample, tmp_path, 
         list(find_pictures(f"{tmp_path}/b-{{0..1}}.tar"))
 
 
+def test_a_folder_that_is_searched_does_not_forget_the_tar_files_in_it(model, sample, folder, opened, tmp_path, counted):
+    with tarfile.open(folder / "a.tar", "w") as archive:
+        for path in sorted((sample / "Images").iterdir())[10:13]:
+            archive.add(path, path.name)
+    pattern = f"{folder}/*.tar"
+    for _ in range(2):
+        assert len(open_gallery(model, find_pictures(pattern), None, tmp_path / "cache", CPU, torch.float32).paths) == 3
+        assert len(opened().paths) == 6
+    assert len(counted) == 9
+
+
 # ---- exact and approximate ---------------------------------------------------------------------------------------
 
 
@@ -402,10 +413,31 @@ def test_rows_without_a_picture_are_removed_when_they_are_many(tmp_path):
     opened_before = kept.generation()
     kept.list_files([(f"{i:02d}", 2, 2) for i in range(0, 40, 2)], None)
     kept.database.execute("DELETE FROM pictures WHERE path NOT IN (SELECT path FROM listed)")
+    vectors_before = kept.companion(".vectors")
+    other = Store(tmp_path / "a.sqlite", 4)
     kept.compact()
+    other.compact()  # finds that another process was faster
+    (tmp_path / "a-00000000.vectors").write_bytes(b"left by a process that was killed")
+    assert not vectors_before.exists()
+    kept.database.execute("DELETE FROM listed")
+    kept.list_files([(f"{i:02d}", 2, 2) for i in range(0, 40, 2)], None)
     rows, paths = zip(*kept.pictures())
     assert kept.num_rows() == 20 and list(paths) == [f"{i:02d}" for i in range(0, 40, 2)]
     expected = [vectors[i] + (i < 5) for i in range(0, 40, 2)]
     np.testing.assert_array_equal(kept.vectors()[list(rows)], expected)
     assert kept.path_of(rows[1], kept.generation()) == "02" and kept.path_of(rows[1], opened_before) is None
-    assert kept.drop_damaged() == 0 and len(list(tmp_path.glob("*.vectors"))) == 1
+    assert kept.drop_damaged() == 0 and len(list(tmp_path.glob("*.vectors"))) == 2
+    Store(tmp_path / "a.sqlite", 4)
+    assert list(tmp_path.glob("*.vectors")) == [kept.companion(".vectors")]
+
+
+def test_a_second_command_that_waits_while_one_compacts_copies_nothing_wrong(tmp_path, monkeypatch):
+    first, second = Store(tmp_path / "a.sqlite", 4), Store(tmp_path / "a.sqlite", 4)
+    vectors = np.random.default_rng(0).random((40, 4)).astype(np.float16)
+    first.add([(f"{i:02d}", 1, 1, vectors[i]) for i in range(40)])
+    first.database.execute("DELETE FROM pictures WHERE path < '20'")
+    monkeypatch.setattr(second, "drop_damaged", first.compact)  # between the second one's first look and its transaction
+    second.compact()
+    second.list_files([(f"{i:02d}", 1, 1) for i in range(40)], None)
+    rows, paths = zip(*second.pictures())
+    np.testing.assert_array_equal(second.vectors()[list(rows)], vectors[[int(path) for path in paths]])

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 import webdataset
 from conftest import flags_for_small
 from PIL import Image
@@ -22,7 +23,9 @@ import main
 from captions import load_captions
 from config import parse_config
 from training import distributed, stream
+from training.checkpoint import read_checkpoint, write_checkpoint
 from training.plan import print_plan
+from training.shards import shard_picture
 from training.shards import shards as write_shards
 from training.stream import Shards, StreamLoader, load_index, open_stream
 from utils.errors import UserError
@@ -98,6 +101,14 @@ def test_large_pictures_are_scaled_down_and_small_ones_are_left(sample, tmp_path
     assert any(large.picture == path.read_bytes() for path in (sample / "Images").iterdir())
 
 
+@pytest.mark.parametrize("size", [0, 30, 1000])
+def test_heic_pictures_become_jpegs_that_are_no_larger(tmp_path, size):
+    pillow_heif = pytest.importorskip("pillow_heif")
+    pillow_heif.from_pillow(Image.new("RGB", (60, 40), (200, 30, 30))).save(tmp_path / "a.heic")
+    ending, contents = shard_picture(tmp_path / "a.heic", size)
+    assert ending == "jpg" and Image.open(io.BytesIO(contents)).size == ((45, 30) if size == 30 else (60, 40))
+
+
 def test_a_folder_that_is_there_is_not_written_over(sample, written):
     with pytest.raises(UserError, match="is there already; name a new folder"):
         write_shards(str(sample), str(written))
@@ -139,6 +150,31 @@ def test_tars_of_other_writers_are_read(tmp_path):
     index = load_index(shards, tmp_path / "cache")
     assert (index.counts, index.num_captions, index.problems) == ([3, 2], 9, [])
     assert sorted(index.captions) == sorted(caption for each in captions for caption in each)
+
+
+def test_tars_are_counted_as_they_are_read(tmp_path, config_of):
+    members = [(f"{i}.{ending}", png(i) if ending == "png" else b"a star") for ending in ("png", "txt") for i in range(3)]
+    hidden = [("__index.json", b"{}"), (".x.png", png()), ("no ending", b""), ("8.png", png(8)), ("8.json", b'["a star"]')]
+    path = write_tar(tmp_path / "apart.tar", [*members, *hidden])
+    shards = Shards(path)
+    index = load_index(shards, tmp_path / "cache")
+    assert index.counts == [7] == [len(list(shards.read(0)))] and index.num_captions == 4
+    assert f"{path}: 0: its files do not lie side by side in the tar file" in index.problems
+    with pytest.raises(UserError, match="0: no caption"):
+        open_stream(config_of(path))
+
+
+def test_what_has_changed_is_counted_and_unpacked_again(tmp_path, config_of):
+    def write(count):
+        columns = {"image": PICTURES[:count], "en": ["a star"] * count, "de": ["ein Stern"] * count}
+        write_parquet(tmp_path / "set" / "train.parquet", columns, image=datasets.Image(), en=TEXT, de=TEXT)
+
+    write(4)
+    config = replace(config_of(f"hf:{tmp_path}/set", caption_column="en"), val_data=f"hf:{tmp_path}/set")
+    assert open_stream(config).num_images == len(stream.validation_table(config)[0]) == 4
+    write(9)
+    assert open_stream(config).num_images == len(stream.validation_table(config)[0]) == 9
+    assert set(stream.validation_table(replace(config, caption_column="de"))[0]["caption"]) == {"ein Stern"}
 
 
 def test_an_epoch_has_each_picture_at_most_once_in_an_order_of_its_own(config_of, model, monkeypatch):
@@ -243,6 +279,25 @@ def test_frozen_encoders_are_run_and_their_features_standardised(config_of, tmp_
     for head in (trained.image_projection, trained.text_projection):
         assert head.mean.abs().max() > 0 and (head.std != 1).all()
     assert len(list((tmp_path / "cache").glob("image-features-*"))) == 1  # of the validation images
+
+
+def freeze_as_one_of(rank, config, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.save(main.train(config).state_dict(), folder / f"{rank}.pt")
+    distributed.destroy_distributed()
+
+
+def test_two_processes_train_one_model_and_go_on_only_as_two(forked, config_of, tmp_path):
+    config = config_of(freeze="both", epochs=1, save_every=1, batch_size=8, loss="softmax")
+    for process in [forked(freeze_as_one_of, rank, config, tmp_path) for rank in range(2)]:
+        process.join()
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+    saved = read_checkpoint(tmp_path / "run" / "last.pt")
+    write_checkpoint(tmp_path / "run", saved | {"losses": torch.zeros(3, 2)})
+    with pytest.raises(UserError, match="stopped within an epoch with 2 processes"):
+        main.train(replace(config, resume="yes"))
 
 
 def test_a_broken_picture_costs_itself_and_one_line(config_of, model, tmp_path, capsys):
