@@ -486,16 +486,7 @@ def rules(config):
     yield c.loss in ("sigmoid", "bce") and c.targets in ("smooth", "soft"), sides
     repeated = "--no-unique-images: draws one caption at a time, from real images; leave the other flag out"
     yield not c.unique_images and (c.captions_per_image > 1 or c.extra_data), repeated
-    stream, shards = is_stream(c.data_dir), f"--data-dir {c.data_dir}: is read in shards"
-    yield stream and not c.val_data, f"{shards}; name validation pictures with --val-data, a folder or shards"
-    yield c.val_data and not stream, "--val-data: goes with shards; a folder's own lists name its validation images"
-    kept = "--image-unfreeze-from, --extra-data, --gan, --train-images and --no-unique-images need a folder; leave them out"
-    other = c.image_unfreeze_from or c.extra_data or joint or c.train_images or not c.unique_images
-    yield stream and other, f"{shards}; {kept}"
-    places = "--captions-path, --image-path: are of a folder, and --data-dir names shards; leave them out"
-    yield stream and (c.captions_path or c.image_path), places
-    columns = "--image-column, --caption-column: are of parquet files or hf:NAME, and --data-dir names a folder; leave them out"
-    yield not stream and (c.image_column or c.caption_column), columns
+    yield from stream_rules(c)
     yield c.flip_left_right and not c.hflip, "--flip-left-right: flips nothing without --hflip; add it"
     nothing = "--freeze both, --num-projection-layers 0: nothing but the temperature is left to train; leave one out"
     yield c.freezes("image") and c.freezes("text") and c.num_projection_layers == 0, nothing
@@ -523,6 +514,20 @@ def rules(config):
     yield c.image_encoder == "vit" and c.image_width % c.image_heads, image_heads
     text_heads = f"--text-width {c.text_width}: must be a multiple of --text-heads {c.text_heads}"
     yield c.text_weights == "random" and c.text_width % c.text_heads, text_heads
+
+
+def stream_rules(c):
+    """As `rules`, for what goes with shards. c: a Config."""
+    stream, shards = is_stream(c.data_dir), f"--data-dir {c.data_dir}: is read in shards"
+    yield stream and not c.val_data, f"{shards}; name validation pictures with --val-data, a folder or shards"
+    yield c.val_data and not stream, "--val-data: goes with shards; a folder's own lists name its validation images"
+    kept = "--image-unfreeze-from, --extra-data, --gan, --train-images and --no-unique-images need a folder; leave them out"
+    other = c.image_unfreeze_from or c.extra_data or c.gan == "joint" or c.train_images or not c.unique_images
+    yield stream and other, f"{shards}; {kept}"
+    places = "--captions-path, --image-path: are of a folder, and --data-dir names shards; leave them out"
+    yield stream and (c.captions_path or c.image_path), places
+    columns = "--image-column, --caption-column: are of parquet files or hf:NAME, and --data-dir names a folder; leave them out"
+    yield not stream and (c.image_column or c.caption_column), columns
 
 
 def without_paths(config):

@@ -106,11 +106,11 @@ def search(
     """
     if export:
         return write_onnx(run or newest_run())
-    run = run or newest_run()
     if embed_only:
         refuse_queries(query, query_file, image)
-        return embed_pictures(run, images, cache_dir, num_workers, device, precision)
+        return embed_pictures(run or newest_run(), images, cache_dir, num_workers, device, precision)
     refuse_unclear(query, minus, weights, query_file, image, classify, explain, n)
+    run = run or newest_run()
     model, device, dtype = open_model(run, device, precision)
     if classify:
         return write_answer(json_path, answer_classes(model, image, classify, device, dtype))

@@ -12,9 +12,10 @@ model_card.py      the model card of a run
 optimization.py    the optimizer's parameter groups, and the learning rate schedule
 plan.py            what a run would do, for --dry-run
 report.py          what is printed and drawn during training and at its end
+shard_reader.py    read and count shards
 shards.py          write pictures and captions into shards
 state.py           everything that training changes: created, saved and restored together
 steps.py           one epoch, and its training steps
-stream.py          training data in shards: count them, read them, load training batches
+stream.py          training on shards: batches of their pictures, and validation pictures
 trackers.py        send figures to TensorBoard, Weights & Biases, MLflow and trackio
 """

@@ -22,12 +22,13 @@ import clip
 import main
 from captions import load_captions
 from config import parse_config
-from training import distributed, stream
+from training import distributed, shard_reader, stream
 from training.checkpoint import read_checkpoint, write_checkpoint
 from training.plan import print_plan
+from training.shard_reader import Shards, load_index
 from training.shards import shard_picture
 from training.shards import shards as write_shards
-from training.stream import Shards, StreamLoader, load_index, open_stream
+from training.stream import StreamLoader, open_stream
 from utils.errors import UserError
 from utils.files import expand
 
@@ -71,7 +72,7 @@ def png(number=0):
 
 def batches(config, model, start=0, epoch=0):
     loader = StreamLoader(open_stream(config), config, model)
-    loader.start, loader.epoch = start, epoch
+    loader.batch_sampler.start, loader.batch_sampler.epoch = start, epoch
     return list(loader)
 
 
@@ -199,7 +200,7 @@ def test_batches_are_those_of_the_pictures_and_their_captions(config_of, model):
             assert set(rows) <= encoded and len(set(rows)) == 2
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}, {"num_workers": 0}], ids=["plain", "micro", "alone"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch_size": 4}, {"num_workers": 2}], ids=["plain", "micro", "workers"])
 def test_an_epoch_goes_on_from_any_step_to_the_bit_and_opens_no_shard_that_is_behind(config_of, model, monkeypatch, options):
     monkeypatch.setattr(stream, "BLOCK", 10)
     config = replace(config_of(batch_size=8, **options), hflip=True)
@@ -223,7 +224,7 @@ def test_processes_have_shards_of_their_own(config_of, model, monkeypatch, size)
     for rank in range(size):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         loader = StreamLoader(open_stream(config), config, model)
-        steps.add(loader.steps)
+        steps.add(loader.batch_sampler.steps)
         found.append([i for batch in loader for i in batch["image_id"].tolist()])
     assert len(steps) == 1
     shards_of = [{i // 20 for i in numbers} for numbers in found]
@@ -310,7 +311,7 @@ def test_a_broken_picture_costs_itself_and_one_line(config_of, model, tmp_path, 
     loader = StreamLoader(open_stream(config), config, model)
     capsys.readouterr()
     for epoch in range(2):
-        loader.epoch = epoch
+        loader.batch_sampler.epoch = epoch
         assert sorted(map(len, ids(loader))) == [9, 10]
     assert capsys.readouterr().out.count("left out") == 1
 
@@ -395,7 +396,7 @@ def test_a_run_is_trained_on_a_table(config_of, written, tmp_path):
 
 
 def test_what_cannot_be_used_is_named_in_one_line(config_of, tmp_path, monkeypatch):
-    monkeypatch.setattr(stream, "hub_answers", lambda: False)
+    monkeypatch.setattr(shard_reader, "hub_answers", lambda: False)
     pictures = [(f"{i}.png", png(i)) for i in range(4)]
     alone, texts = write_tar(tmp_path / "alone.tar", pictures), write_tar(tmp_path / "texts.tar", [("0.txt", b"a circle")])
     write_parquet(
