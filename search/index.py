@@ -4,6 +4,8 @@ Approximate search ranks the codes of some lists (product quantization; Jegou et
 exactly. The index file is memory-mapped, as the vectors are.
 """
 
+import mmap
+
 import numpy as np
 import torch
 
@@ -19,6 +21,7 @@ CODE_SAMPLE = 16_384  # and of these for the codes and the rotation before them
 LISTS_PER_ROOT = 2  # the number of lists is that times the square root of the number of vectors, rounded to a power of two
 PROBED = 48  # lists that a query searches
 CANDIDATES = 400  # codes that are ranked again exactly
+SCATTERED = 64  # of their vectors that are read at once: each takes the pages around it into memory
 MAX_APPROXIMATE = 1000  # matches; for more the exact search is used
 
 
@@ -32,21 +35,29 @@ def top_k(gallery, embedding, n):
     return gallery.top_k(embedding, n)
 
 
-def exact_top_k(vectors, rows, embedding, n):
-    """The same as `top_k`, for some rows of memory-mapped vectors, of which a block is read at a time.
+def exact_top_k(vectors, rows, embedding, n, at_once=BLOCK):
+    """The same as `top_k`, for some rows of memory-mapped vectors, of which so many are read at once.
 
     vectors: (M, d_e) float16. rows: (N,) int64; positions are among these.
     """
     scores, positions = torch.empty(0), torch.empty(0, dtype=torch.int64)
-    for start in range(0, len(rows), BLOCK):
-        chosen = rows[start : start + BLOCK]
+    for start in range(0, len(rows), at_once):
+        chosen = rows[start : start + at_once]
         first, end = chosen[0], chosen[-1] + 1
         in_order = end - first == len(chosen) and (np.diff(chosen) == 1).all()
         block = torch.from_numpy(vectors[first:end] if in_order else vectors[chosen]).float()
+        release(vectors)
         block_scores, best = (block @ embedding).topk(min(n, len(block)))
         scores, order = torch.cat([scores, block_scores]).topk(min(n, len(scores) + len(best)))
         positions = torch.cat([positions, best + start])[order]
     return scores, positions
+
+
+def release(vectors):
+    """Gives back what was read of memory-mapped vectors; the operating system keeps it as long as it can."""
+    mapped = getattr(vectors, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class CompressedIndex:
@@ -69,7 +80,7 @@ class CompressedIndex:
         count = min(max(CANDIDATES, n), len(self.rows))
         _, rows = self.index.search(embedding.numpy()[None], count, params=self.parameters)
         rows = np.sort(rows[0][rows[0] >= 0])  # faiss fills up with -1
-        scores, best = exact_top_k(self.vectors, rows, embedding, n)
+        scores, best = exact_top_k(self.vectors, rows, embedding, n, SCATTERED)
         return scores, torch.from_numpy(self.order[np.searchsorted(self.rows, rows[best.numpy()])])
 
 

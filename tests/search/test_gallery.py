@@ -20,7 +20,7 @@ from PIL import Image
 
 import clip
 from Datasets import shapes
-from search import gallery, index
+from search import gallery, index, store
 from search.gallery import find_pictures, open_gallery
 from search.store import Store
 from training import distributed
@@ -366,12 +366,11 @@ def small_index(monkeypatch):
     monkeypatch.setattr(index, "BITS", 3)
 
 
-def test_exact_search_reads_blocks(monkeypatch):
-    monkeypatch.setattr(index, "BLOCK", 64)
+def test_exact_search_reads_blocks():
     vectors = draw(500, 0).numpy().astype(np.float16)
     for rows in (np.arange(500), np.arange(100, 400), np.random.default_rng(0).permutation(500)[:333], np.array([7])):
         for query in draw(5, 1):
-            scores, positions = index.exact_top_k(vectors, rows, query, 10)
+            scores, positions = index.exact_top_k(vectors, rows, query, 10, at_once=64)
             expected = vectors[rows].astype(np.float32) @ query.numpy()
             best = np.argsort(-expected)[:10]
             assert positions.tolist() == best.tolist()
@@ -401,6 +400,27 @@ def test_an_index_takes_in_new_pictures_and_never_answers_with_those_that_are_go
     assert answers(900, everything[:300]) == ""  # of another folder, or the others are gone
     path.write_bytes(path.read_bytes()[:1000])
     assert "it is built again" in answers(900, everything)
+
+
+def test_a_full_disk_is_named_and_leaves_no_index_and_no_vectors(tmp_path, monkeypatch, small_index, opened):
+    import faiss
+
+    def full(*_):
+        raise RuntimeError("Error in write: fwrite failed: No space left on device")
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(UserError, match="gallery.faiss: cannot be written .*No space left on device"):
+        index.open_index(tmp_path / "gallery.faiss", draw(300, 0).numpy().astype(np.float16))
+    assert not list(tmp_path.glob("gallery*"))
+
+    def no_space(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(store.os, "fsync", no_space)
+    with pytest.raises(UserError, match="--cache-dir .* cannot be used .*No space left on device"):
+        opened()
+    monkeypatch.undo()
+    assert len(opened().paths) == 6  # and nothing stands in the way once there is space
 
 
 def test_rows_without_a_picture_are_removed_when_they_are_many(tmp_path):
