@@ -61,7 +61,7 @@ def test_what_travels_names_no_folder_of_this_machine(run, sample, tmp_path):
     config = clip.load_run(tmp_path / "saved")["config"]
     assert (config.data_dir, config.text_encoder) == (sample.name, "my-bert")
     text = {"train": [0] * 3, "val": [0]}
-    splits = {name: SimpleNamespace(names=rows, captions=rows) for name, rows in text.items()}
+    splits = {name: SimpleNamespace(names=rows, num_images=len(rows), num_captions=len(rows)) for name, rows in text.items()}
     scores = {side: dict.fromkeys(("R@1", "R@5", "R@10", "median_rank"), 0) for side in ("image_to_text", "text_to_image")}
     write_card(tmp_path, replace(config, text_encoder=str(tmp_path)), model, splits, scores)
     assert str(tmp_path) not in (tmp_path / "README.md").read_text() and tmp_path.name in (tmp_path / "README.md").read_text()
