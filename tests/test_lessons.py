@@ -1,6 +1,7 @@
 """Lessons: what is trained, kept and reported, and the mistakes of a command line."""
 
 import json
+import re
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,9 +11,10 @@ from conftest import run_script
 
 import lessons
 from captions import load_captions
-from config import PRESETS, SHAPES
+from config import PRESETS, SHAPES, run_cli
 from Datasets import shapes
 from experiments import materials, measures, report, runner
+from utils.errors import UserError
 
 TINY = {"text_width": 16, "text_layers": 1, "text_heads": 1, "batch_size": 32, "epochs": 1, "size": 32}
 
@@ -86,8 +88,8 @@ def test_what_is_unknown_or_cannot_be_written_is_a_users_mistake(tmp_path):
         (["loss", "--data-dir", tmp_path / "nothing"], "nothing: no such folder"),
         (["loss", "--data-dir", tmp_path, "--weights-dir", tmp_path], "image.safetensors is missing there"),
     ):
-        process = run_script("lessons.py", *arguments, "--output", tmp_path / "out")
-        assert process.returncode == 2 and message in process.stderr and "Traceback" not in process.stderr
+        with pytest.raises(UserError, match=re.escape(message)):
+            run_cli(lessons.learn, "lessons.py", [*map(str, arguments), "--output", str(tmp_path / "out")])
     (tmp_path / "file").write_text("")
     process = run_script("lessons.py", "loss", "--output", tmp_path / "file" / "out")
     assert process.returncode == 2 and "Traceback" not in process.stderr

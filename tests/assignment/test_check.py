@@ -108,18 +108,18 @@ def test_the_starter_in_the_repository_is_what_make_writes():
 
 
 def test_it_grades_from_the_command_line_whatever_the_files_do(solved):
-    (solved / "forward.py").write_text("while True:\n    pass\n", encoding="utf-8")
+    (solved / "forward.py").unlink()
     (solved / "pooling.py").write_text("import nothing_of_this_name\n", encoding="utf-8")
     (solved / "recall.py").write_text("import os\n\nos._exit(0)\n", encoding="utf-8")
-    (solved / "sampler.py").unlink()
+    (solved / "sampler.py").write_text("while True:\n    pass\n", encoding="utf-8")
     process = run_script("assignment/check.py", solved)
     assert process.returncode == 0, process.stderr
     shown = process.stdout
     assert "loss: 20 of 20" in shown and "20 of 100 points" in shown
-    assert "forward: 0 of 20" in shown and "did not end within" in shown
+    assert "forward: 0 of 20" in shown and "FileNotFoundError" in shown
     assert "pooling: 0 of 20" in shown and "cannot be imported: ModuleNotFoundError" in shown
     assert "recall: 0 of 20" in shown and "ended the process" in shown
-    assert "sampler: 0 of 10" in shown and "FileNotFoundError" in shown
+    assert "sampler: 0 of 10" in shown and "did not end within" in shown
 
 
 def test_what_a_student_has_written_is_not_replaced(solved):
