@@ -107,23 +107,26 @@ def search(
     if export:
         return write_onnx(run or newest_run())
     if embed_only:
-        refuse_queries(query, query_file, image)
-        return embed_pictures(run or newest_run(), images, cache_dir, num_workers, device, precision)
+        return embed_pictures(run, images, query or query_file or image, cache_dir, num_workers, device, precision)
     refuse_unclear(query, minus, weights, query_file, image, classify, explain, n)
     run = run or newest_run()
     model, device, dtype = open_model(run, device, precision)
     if classify:
         return write_answer(json_path, answer_classes(model, image, classify, device, dtype))
-    # What is asked is embedded before the gallery, as new pictures can take long and a mistake is then seen at once.
-    if query:
+    if query:  # embedded before the gallery, as new pictures can take long and a mistake is then seen at once
         answer = ask_text(model, Query(query, minus, weights), explain, n, output, device, dtype)
     elif image:
         answer = ask_picture(model, run, image, n, output, cache_dir, device, dtype)
     else:
         answer = ask_lines(model, query_file, n)
+    write_answer(json_path, answer(find_gallery(model, run, images, cache_dir, device, dtype, num_workers, exact)))
+
+
+def find_gallery(model, run, images, cache_dir, device, dtype, num_workers, exact):
+    """The gallery to search; how many pictures it has is printed. Parameters: those of `search` and `open_gallery`."""
     gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact)
     print(f"{len(gallery.paths):,} pictures, {run}")
-    write_answer(json_path, answer(gallery))
+    return gallery
 
 
 def refuse_unclear(query, minus, weights, query_file, image, classify, explain, n):
@@ -143,23 +146,22 @@ def refuse_unclear(query, minus, weights, query_file, image, classify, explain, 
         raise UserError("--classify: needs the picture, --image FILE")
 
 
-def refuse_queries(query, query_file, image):
-    """Raises UserError where there is something to look for beside --embed-only."""
-    if query or query_file or image:
+def embed_pictures(run, images, query, cache_dir, num_workers, device, precision):
+    """Embeds the pictures that a later search then has. Under torchrun each process embeds a share of them.
+
+    Raises UserError where there is a query, too.
+    """
+    if query:
         raise UserError("--embed-only: looks for nothing; leave the query out")
-
-
-def embed_pictures(run, images, cache_dir, num_workers, device, precision):
-    """Embeds the pictures that a later search then has. Under torchrun each process embeds a share of them."""
+    run = run or newest_run()
     started = time.perf_counter()
     device = distributed.init_distributed(device)
     model, device, dtype = open_model(run, device, precision)
     try:
-        gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact=True)
+        find_gallery(model, run, images, cache_dir, device, dtype, num_workers, exact=True)
     except RuntimeError as error:
         raise lost_process(error) from None
-    seconds = time.perf_counter() - started
-    print(f"{len(gallery.paths):,} pictures are embedded, {run}; {seconds:.1f} s")
+    print(f"embedded after {time.perf_counter() - started:.1f} s")
     distributed.destroy_distributed()
 
 

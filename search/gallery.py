@@ -140,12 +140,10 @@ def open_gallery(model, files, folder, cache_dir, device, dtype, num_workers=0, 
             note_use(model.run_dir, path)
             note_use(model.run_dir, store.companion(".vectors"))
         gallery = read_gallery(store, exact)
-    except sqlite3.OperationalError as error:
+    except (sqlite3.OperationalError, OSError) as error:
         raise UserError(f"--cache-dir {cache_dir}: cannot be used ({error}); free space, or name another folder") from None
     except (sqlite3.DatabaseError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, then run the command again") from None
-    except OSError as error:
-        raise UserError(f"--cache-dir {cache_dir}: cannot be used ({error}); free space, or name another folder") from None
     if len(gallery.rows) < count:
         print(f"left out {count - len(gallery.rows):,} pictures that cannot be decoded")
     if not len(gallery.rows):

@@ -27,7 +27,7 @@ TIMEOUT = 60  # seconds to wait for another command's transaction
 MAGIC = b"CLIP vectors 1"
 HEADER = 64  # bytes, so that rows are aligned
 BLOCK = 32_768  # rows that are copied at once
-MAX_STALE = 0.2  # share of rows without a picture, above which they are removed
+MAX_UNUSED = 0.2  # share of rows without a picture, above which they are removed
 
 
 class Store:
@@ -167,18 +167,18 @@ class Store:
         found = self.database.execute(f"SELECT path FROM pictures WHERE row = ? AND {same}", [int(row), generation]).fetchone()
         return found[0] if found else None
 
-    def is_stale(self):
+    def has_many_unused_rows(self):
         """Whether too many rows have no picture."""
         count = self.num_rows()
-        return count - self.one("SELECT COUNT(row) FROM pictures") > MAX_STALE * count
+        return count - self.one("SELECT COUNT(row) FROM pictures") > MAX_UNUSED * count
 
     def compact(self):
         """Copies the rows that have a picture into a new file of vectors, where too many have none."""
-        if not self.is_stale():
+        if not self.has_many_unused_rows():
             return
         self.drop_damaged()  # what is copied gets new checksums
         with self.transaction():
-            if not self.is_stale():  # another process was faster
+            if not self.has_many_unused_rows():  # another process was faster
                 return
             vectors = self.vectors()
             rows = np.sort(

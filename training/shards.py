@@ -6,8 +6,7 @@ A shard is a tar file in the WebDataset layout: KEY.jpg, and KEY.txt with a capt
 import io
 import sys
 import tarfile
-from collections import deque
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -20,7 +19,7 @@ from captions import SPLIT_LISTS, load_captions
 from config import run_cli
 from utils.errors import UserError, run_command
 from utils.files import atomic_dir
-from utils.images import HEIC_ENDINGS, PREFETCH, read_heic, read_image
+from utils.images import HEIC_ENDINGS, read_ahead, read_heic, read_image
 
 KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of files that are copied as they are, unless they are too large
 JPEG_QUALITY = 95
@@ -49,27 +48,8 @@ def shard_picture(path, size):
     return ending[1:], encoded.tobytes()
 
 
-def read_pictures(paths, size, num_workers):
-    """Yields ((ending, contents), None) or (None, what is wrong) for each path; threads read PREFETCH pictures ahead."""
-
-    def read(path):
-        try:
-            return shard_picture(path, size), None
-        except (ValueError, OSError) as error:
-            return None, f"{path}: {error}"
-
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        pending = deque()
-        for path in paths:
-            pending.append(pool.submit(read, path))
-            if len(pending) == PREFETCH:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-
-
 def write_shards(folder, split, captions_of, per_shard, pictures):
-    """Writes SPLIT-000000.tar and so on. captions_of: a list of captions for each picture. pictures: from `read_pictures`.
+    """Writes SPLIT-000000.tar and so on. captions_of: a list for each picture. pictures: `read_ahead` of `shard_picture`.
 
     Returns (number of pictures, what is wrong with those that are left out).
     """
@@ -128,7 +108,7 @@ def shards(
             for split in SPLIT_LISTS:
                 captions_of = table[table["split"] == split].groupby("image")["caption"].agg(list).to_dict()
                 names = rng.permutation(sorted(captions_of)).tolist()
-                pictures = read_pictures([image_dir / name for name in names], size, num_workers)
+                pictures = read_ahead(partial(shard_picture, size=size), [image_dir / name for name in names], num_workers)
                 captions = [captions_of[name] for name in names]
                 count, bad = write_shards(temporary, split, captions, per_shard, pictures)
                 skipped += bad

@@ -13,6 +13,7 @@ os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)  # read when OpenCV i
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -111,27 +112,31 @@ def read_heic(path):
         raise ValueError("HEIC pictures need pillow-heif: pip install pillow-heif") from None
     pillow_heif.register_heif_opener()
     try:
-        with Image.open(
-            io.BytesIO(read_bytes(path)), formats=["HEIF"]
-        ) as picture:  # only this decoder: the file could be of any format
+        contents = io.BytesIO(read_bytes(path))
+        with Image.open(contents, formats=["HEIF"]) as picture:  # only this decoder: the file could be of any format
             return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
     except (Image.DecompressionBombError, SyntaxError) as error:
         raise ValueError(str(error)) from None
 
 
 def read_images(paths, size, num_workers=0, resize=AREA):
-    """Yields (image, None) or (None, what is wrong) for each path; threads decode PREFETCH images ahead."""
+    """Yields (image, None) or (None, what is wrong) for each path, as `read_ahead` does."""
+    return read_ahead(partial(read_image, size=size, resize=resize), paths, num_workers)
 
-    def read(path):
+
+def read_ahead(read, paths, num_workers):
+    """Yields (read(path), None) or (None, what is wrong) for each path; threads read PREFETCH files ahead."""
+
+    def try_to_read(path):
         try:
-            return read_image(path, size, resize), None
+            return read(path), None
         except (ValueError, OSError) as error:
             return None, f"{path}: {error}"
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         pending = deque()
         for path in paths:
-            pending.append(pool.submit(read, path))
+            pending.append(pool.submit(try_to_read, path))
             if len(pending) == PREFETCH:
                 yield pending.popleft().result()
         while pending:
