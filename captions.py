@@ -15,7 +15,7 @@ import pandas as pd
 
 from utils.cache import cache_key
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_text
 
 
 def image_positions(table):
@@ -64,18 +64,6 @@ def find_images(data_dir):
     raise UserError(f"{data_dir}: no folder {' or '.join(IMAGE_FOLDERS[:2])}; pass --image-path")
 
 
-def read_text(path, flag="--captions-path"):
-    """A UTF-8 text file. flag: the one for its path, for the error. Raises UserError where it cannot be read."""
-    try:
-        return Path(path).read_text(encoding="utf-8-sig")
-    except (FileNotFoundError, IsADirectoryError):
-        raise UserError(f"{path}: no such file; check {flag}") from None
-    except PermissionError:
-        raise UserError(f"{path}: no permission to read it") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
-
-
 def read_captions(path):
     """Reads a captions file of any known layout.
 
@@ -83,7 +71,7 @@ def read_captions(path):
     bad is a list of (row number, what is wrong); splits is {image: split} where the file has splits.
     Raises UserError where the file cannot be read or has no image and caption columns.
     """
-    text = read_text(path)
+    text = read_text(path, "--captions-path")
     if Path(path).suffix == ".json":
         return read_karpathy(path, text)
     rows = read_token(text) if re.match(r"[^\t\n]+#\d+\t", text) else read_table(path, text)

@@ -583,10 +583,11 @@ def load_run(run_dir):
 def run_cli(function, program, arguments, examples=()):
     """Calls a command's function with the arguments of the command line, which become flags named as its own.
 
-    With --help it prints a help instead, whose texts are those of the function's docstring. examples: commands to show there.
+    function: also a dataclass, whose object is then returned. With --help a help is printed instead, whose texts are those of
+    the function's docstring or of the comments behind the fields. examples: commands to show there.
     """
     if HELP & set(arguments):
-        flags = function_flags(function)
+        flags = dataclass_flags(function()) if dataclasses.is_dataclass(function) else function_flags(function)
         words = "".join(f" [{flag.usage()}]" for flag in flags if flag.positional)
         summary = (function.__doc__ or "").partition("\n\n")[0]
         print(command_help(f"python {program}{words} [--flags]", summary, examples, flags))

@@ -124,6 +124,13 @@ def text_features(model, texts, device, dtype):
     return features
 
 
+def embed_texts(model, texts):
+    """m texts -> (m, d_e) L2-normalised embeddings, in fp32, on the CPU."""
+    device = model.logit_scale.device
+    T_f = text_features(model, token_ids(model.tokenizer, texts), device, torch.float32)
+    return project_and_normalize(model.text_projection, T_f, device)
+
+
 @torch.no_grad()
 def project_and_normalize(head, features, device):
     """An encoder's features, (n, d), through its projection head: L2-normalised (n, d_e) embeddings, on the CPU."""

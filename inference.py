@@ -2,40 +2,78 @@
 
 import sys
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 
 from config import is_model_name, run_cli
-from embedding import open_model
-from search.export import export_onnx
-from search.gallery import open_gallery
-from search.occlusion import occlusion_map
+from search.files import find_pictures
+from search.gallery import Filters, open_gallery
 from search.queries import (
-    NUM_CAPTIONS,
     Query,
     best_matches,
+    blend,
     classify_embedding,
-    embed_captions,
-    embed_file,
     embed_texts,
-    files_to_search,
+    judge,
     newest_run,
     read_queries,
 )
-from training import distributed
+from search.relevance import WRONG_SHARE
+from search.searcher import Searcher
 from utils.errors import UserError, lost_process, run_command
 from utils.files import write_json
 from utils.images import center_crop, read_image
-from utils.plots import draw_grid, overlay
 
 EXAMPLES = (
     'python inference.py "a dog runs on the beach" --images ~/Pictures',
+    'python inference.py "a dog" --images ~/Pictures --after 2021-06 --folder "Italy/*"',
     'python inference.py --image photo.jpg --classify "a dog" "a cat"',
+    "python inference.py --duplicates --images ~/Pictures",
 )
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
+NUM_CAPTIONS = 5  # best captions to show for a picture
+
+
+@dataclass
+class Search:
+    """Finds the pictures that match a text or a picture best, prints them, and draws them in a grid."""
+
+    # What to look for
+    query: tyro.conf.Positional[tuple[str, ...]] = ()  # what the pictures should show; several texts are added
+    minus: tuple[str, ...] = ()  # what they should not show
+    weights: tuple[float, ...] = ()  # how much each text counts, and then each of minus; empty: all the same
+    similar_to: str = ""  # picture that they should be like, alone or besides the query
+    query_file: str = ""  # file with a query in each line, each answered by itself
+    image: str = ""  # picture to find captions and look-alikes of, or to classify
+    classify: tuple[str, ...] = ()  # class names to choose from for the picture of --image
+    # Where to look
+    run: str = ""  # run folder; empty: the newest under runs/
+    images: str = ""  # folder to search, with its subfolders, or 'DIR/*.tar'; empty: the run's own validation pictures
+    after: str = ""  # only pictures taken since then: 2021, 2021-06 or 2021-06-30; of EXIF, else the file's time
+    before: str = ""  # only pictures taken before that
+    folder: str = ""  # only pictures whose path below --images matches, as 'Italy/*'
+    exact: bool = False  # compare with every picture, even if there are more than 100,000
+    # What to show
+    n: int = 9  # pictures to find
+    more: int = 0  # 1: the next n pictures, 2: those after them, and so on
+    floor: float = WRONG_SHARE  # show scores that no more than this share of wrong pictures reaches; 0: show everything
+    explain: bool = False  # draw a heat map over each picture: which parts match the text
+    output: str = "matches.png"  # PNG of the matches or duplicates
+    json: str = ""  # file for the results
+    # Instead of a search
+    duplicates: bool = False  # find files that are the same photograph
+    map: str = ""  # write a map of all pictures into this HTML file, and a PNG beside it
+    embed_only: bool = False  # only embed the pictures, for later searches; with torchrun in several processes
+    export: Literal["", "onnx"] = ""  # write the run's encoders in this format
+    # Machine
+    cache_dir: str = ".cache"  # folder where embeddings are kept for the next query
+    num_workers: int = 4  # threads that decode pictures
+    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; auto: bf16 or fp16 where native
 
 
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
@@ -49,206 +87,225 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9, output=""
     query = Query((query,)) if isinstance(query, str) else query
     matches = best_matches(image_embeddings, query.embed(model), image_filenames, n)
     if output:
-        draw_matches(str(query), matches, output, show)
+        draw_matches(str(query), judge(matches, None, None), output, show)
     return matches
 
 
 def draw_matches(title, matches, output, show, read_picture=None):
-    """The grid of matches. read_picture: maps a path to the picture to draw, in the place of the file's own."""
-    titles = [f"{score:.3f}  {Path(name).name}" for name, score in matches]
+    """The grid of a list of `Match`. read_picture: maps a path to the picture to draw, in the place of the file's own."""
+    from utils.plots import draw_grid  # only here: matplotlib takes most of a second
+
+    titles = [f"{match.label().strip()}  {Path(match.filename).name}" for match in matches]
     read_picture = read_picture or partial(read_image, size=GRID_PIXELS)
-    draw_grid(title, [read_picture(name) for name, _ in matches], titles, output, show)
+    draw_grid(title, [read_picture(match.filename) for match in matches], titles, output, show)
+    print(f"drawn in {output}")
 
 
-def search(
-    query: tyro.conf.Positional[tuple[str, ...]] = (),
-    minus: tuple[str, ...] = (),
-    weights: tuple[float, ...] = (),
-    query_file: str = "",
-    image: str = "",
-    classify: tuple[str, ...] = (),
-    run: str = "",
-    images: str = "",
-    n: int = 9,
-    exact: bool = False,
-    embed_only: bool = False,
-    explain: bool = False,
-    export: Literal["", "onnx"] = "",
-    output: str = "matches.png",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-    cache_dir: str = ".cache",
-    num_workers: int = 4,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-):
-    """Finds the pictures that match a text or a picture best, prints them, and draws them in a grid.
-
-    Args:
-        query: what the pictures should show; several texts are added
-        minus: what they should not show
-        weights: how much each text counts, and then each of minus; empty: all the same
-        query_file: file with a query in each line, each answered by itself
-        image: picture to find captions and look-alikes of, or to classify
-        classify: class names to choose from for the picture of --image
-        run: run folder; empty: the newest under runs/
-        images: folder to search, with its subfolders, or 'DIR/*.tar'; empty: the run's own validation pictures
-        n: pictures to find
-        exact: compare with every picture, even if there are more than 100,000
-        embed_only: only embed the pictures, for later searches; with torchrun in several processes
-        explain: draw a heat map over each picture: which parts match the text
-        export: write the run's encoders in this format instead of searching
-        output: PNG of the matches
-        json_path: file for the matches
-        cache_dir: folder where embeddings are kept for the next query
-        num_workers: threads that decode pictures
-        device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
-    """
-    if export:
-        return write_onnx(run or newest_run())
-    if embed_only:
-        return embed_pictures(run, images, query or query_file or image, cache_dir, num_workers, device, precision)
-    refuse_unclear(query, minus, weights, query_file, image, classify, explain, n)
-    run = run or newest_run()
-    model, device, dtype = open_model(run, device, precision)
-    if classify:
-        return write_answer(json_path, answer_classes(model, image, classify, device, dtype))
-    if query:  # embedded before the gallery, as new pictures can take long and a mistake is then seen at once
-        answer = ask_text(model, Query(query, minus, weights), explain, n, output, device, dtype)
-    elif image:
-        answer = ask_picture(model, run, image, n, output, cache_dir, device, dtype)
+def search(options):
+    """What `python inference.py` does. options: a `Search`."""
+    refuse_unclear(options)
+    if options.duplicates:
+        return list_duplicates(options)
+    run = options.run or newest_run()
+    if options.export:
+        return write_onnx(run)
+    searcher = Searcher(run, options.device, options.precision, options.cache_dir)
+    if options.embed_only:
+        return embed_pictures(searcher, options)
+    if options.map:
+        return write_map(searcher, options)
+    if options.classify:
+        answer = answer_classes(searcher, options)
+    elif options.query_file:
+        answer = answer_lines(searcher, options)
+    elif options.image:
+        answer = answer_picture(searcher, options)
     else:
-        answer = ask_lines(model, query_file, n)
-    write_answer(json_path, answer(find_gallery(model, run, images, cache_dir, device, dtype, num_workers, exact)))
+        answer = answer_text(searcher, options)
+    if options.json:
+        write_json(options.json, answer)
+    searcher.keep_text_encoder()
 
 
-def find_gallery(model, run, images, cache_dir, device, dtype, num_workers, exact):
-    """The gallery to search; how many pictures it has is printed. Parameters: those of `search` and `open_gallery`."""
-    gallery = open_gallery(model, *files_to_search(run, images), cache_dir, device, dtype, num_workers, exact)
-    print(f"{len(gallery.paths):,} pictures, {run}")
-    return gallery
-
-
-def refuse_unclear(query, minus, weights, query_file, image, classify, explain, n):
-    """Raises UserError unless there is one thing to look for, and flags that go with it. Parameters: those of `search`."""
-    if n < 1:
-        raise UserError(f"--n {n}: must be 1 or more")
-    if bool(query) + bool(query_file) + bool(image) != 1:
+def refuse_unclear(options):
+    """Raises UserError unless there is one thing to do, and flags that go with it."""
+    if options.n < 1 or options.more < 0:
+        raise UserError(f"--n {options.n}, --more {options.more}: must be at least 1 and at least 0")
+    if not 0 <= options.floor < 1:
+        raise UserError(f"--floor {options.floor}: is a share of wrong pictures, from 0 (show everything) to below 1")
+    words = bool(options.query or options.similar_to)
+    asked = words + bool(options.query_file) + bool(options.image)
+    instead = options.duplicates + bool(options.map) + options.embed_only + bool(options.export)
+    if instead and asked or instead > 1:
+        raise UserError("--duplicates, --map, --embed-only, --export: look for nothing, and go alone; leave the query out")
+    if not instead and asked != 1:
         raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
-    if len(query) > 1 and not weights and not any(" " in text.strip() for text in query):
-        words = " ".join(query)
+    if len(options.query) > 1 and not options.weights and not any(" " in text.strip() for text in options.query):
+        words = " ".join(options.query)
         raise UserError(
             f'several words without quotes; one query: python inference.py "{words}"; to add texts up, give them --weights, too'
         )
-    if (minus or weights or explain) and not query:
+    if (options.minus or options.weights or options.explain) and not options.query:
         raise UserError("--minus, --weights and --explain: go with a text to look for")
-    if classify and not image:
+    if options.classify and not options.image:
         raise UserError("--classify: needs the picture, --image FILE")
+    if options.duplicates and not options.images:
+        raise UserError("--duplicates: name the folder to look through with --images")
 
 
-def embed_pictures(run, images, query, cache_dir, num_workers, device, precision):
-    """Embeds the pictures that a later search then has. Under torchrun each process embeds a share of them.
+def find_gallery(searcher, options):
+    """The gallery to search; how many pictures it has is printed."""
+    if options.images:
+        files, folder = find_pictures(options.images), "" if options.images.endswith(".tar") else options.images
+    else:
+        from search.run_data import validation_files  # only here: pandas takes half a second
 
-    Raises UserError where there is a query, too.
-    """
-    if query:
-        raise UserError("--embed-only: looks for nothing; leave the query out")
-    run = run or newest_run()
+        files, folder = validation_files(searcher.run), ""
+    gallery = open_gallery(searcher, files, folder, options.num_workers, options.exact)
+    selected = gallery.select(Filters(options.after, options.before, options.folder))
+    of = "" if selected is gallery else f" of {len(gallery.paths):,}"
+    print(f"{len(selected.paths):,}{of} pictures, {searcher.run}")
+    return selected
+
+
+def embed_pictures(searcher, options):
+    """Embeds the pictures that a later search then has. Under torchrun each process embeds a share of them."""
+    from training import distributed  # only here: this import takes seconds
+
     started = time.perf_counter()
-    device = distributed.init_distributed(device)
-    model, device, dtype = open_model(run, device, precision)
+    searcher.device = distributed.init_distributed(searcher.device)
+    options.exact = True  # no index is built
     try:
-        find_gallery(model, run, images, cache_dir, device, dtype, num_workers, exact=True)
+        find_gallery(searcher, options)
     except RuntimeError as error:
         raise lost_process(error) from None
     print(f"embedded after {time.perf_counter() - started:.1f} s")
     distributed.destroy_distributed()
 
 
-def ask_text(model, query, explain, n, output, device, dtype):
-    """Embeds a `Query`. Returns the function of a gallery that answers it."""
-    embedding = query.embed(model)
-    read_picture = partial(heat_map, model, embedding, device, dtype) if explain else None
-    return lambda gallery: answer_text(model, gallery, query, n, output, read_picture)
-
-
-def ask_picture(model, run, image, n, output, cache_dir, device, dtype):
-    """Embeds a picture. Returns the function of a gallery that finds pictures like it, and captions for it."""
-    embedding = embed_file(model, image, device, dtype)
-
-    def answer(gallery):
-        captions = embed_captions(model, run, cache_dir, device, dtype)
-        return answer_picture(gallery, captions, image, embedding, n, output)
-
+def answer_text(searcher, options):
+    """Prints and draws the pictures that match texts, and are like a picture. Returns {"query", "matches"}."""
+    query, parts = Query(options.query, options.minus, options.weights), []
+    if options.query:  # embedded before the gallery, as new pictures can take long and a mistake is then seen at once
+        parts.append(query.embed(searcher))
+    if options.similar_to:
+        parts.append(searcher.embed_file(options.similar_to))
+    gallery = find_gallery(searcher, options)
+    embedding = blend(gallery, parts)
+    title = str(query) + f" like {Path(options.similar_to).name}" * bool(options.similar_to)
+    found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
+    # What a match is was learned from texts.
+    matches = judge(found, embedding, None if options.similar_to else searcher.relevance, options.floor)
+    answer = show_matches(title, matches)
+    shown = [match for match in matches if match.relevant] or matches[:1]
+    explain = partial(heat_map, searcher, embedding) if options.explain else None
+    if shown:
+        draw_matches(title, shown, options.output, show=True, read_picture=explain)
     return answer
 
 
-def ask_lines(model, query_file, n):
-    """Embeds each line of a file. Returns the function of a gallery that answers all of them."""
-    lines = read_queries(query_file)
-    embeddings = embed_texts(model, lines)
-    return lambda gallery: answer_lines(gallery, lines, embeddings, n)
+def show_matches(title, matches):
+    """Prints the matches that are above the floor or, where none is, the best guess. Returns {"query", "matches"}.
+
+    matches: a list of `Match`, best first.
+    """
+    relevant = [match for match in matches if match.relevant]
+    answer = {"query": title, "matches": [match.record() for match in relevant]}
+    if matches and not relevant:
+        print(f"{title!r}: nothing here matches (best guess below)")
+        print_matches(matches[:1])
+        return answer | {"best_guess": matches[0].record()}
+    print(f"{title!r}:" if matches else f"{title!r}: no more pictures")
+    print_matches(relevant)
+    return answer
 
 
-def answer_text(model, gallery, query, n, output, read_picture):
-    """Prints and draws the pictures that match a `Query`. Returns {"query", "matches"}."""
-    matches = find_matches(model, gallery, query, gallery.paths, n)
-    print(f"{str(query)!r}:")
-    print_matches(matches)
-    draw_matches(str(query), matches, output, show=True, read_picture=read_picture)
-    print(f"drawn in {output}")
-    return {"query": str(query), "matches": as_records(matches)}
-
-
-def answer_lines(gallery, lines, embeddings, n):
-    """Prints the pictures that match each of m lines, (m, d_e) when embedded. Returns {"queries": [{"query", "matches"}]}."""
-    answers = []
+def answer_lines(searcher, options):
+    """Prints the pictures that match each line of a file. Returns {"queries": [{"query", "matches"}]}."""
+    lines = read_queries(options.query_file)
+    embeddings = embed_texts(searcher, lines)
+    gallery, answers = find_gallery(searcher, options), []
     for line, embedding in zip(lines, embeddings):
-        matches = best_matches(gallery, embedding, gallery.paths, n)
-        print(f"{line!r}:")
-        print_matches(matches)
-        answers.append({"query": line, "matches": as_records(matches)})
+        found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
+        answers.append(show_matches(line, judge(found, embedding, searcher.relevance, options.floor)))
     return {"queries": answers}
 
 
-def answer_picture(gallery, captions, image, embedding, n, output):
-    """Prints and draws the pictures most like one, and prints its best captions. captions: of `embed_captions`.
+def answer_picture(searcher, options):
+    """Prints and draws the pictures most like one, and prints its best captions.
 
     Returns {"image", "captions": [{"caption", "score"}], "matches"}.
     """
-    matches = best_matches(gallery, embedding, gallery.paths, n)
-    print(f"like {Path(image).name}:")
+    from search.run_data import embed_captions
+
+    embedding, name = searcher.embed_file(options.image), Path(options.image).name
+    gallery = find_gallery(searcher, options)
+    matches = judge(best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n), embedding, None)
+    print(f"like {name}:")
     print_matches(matches)
-    texts, embeddings = captions
-    captioned = best_matches(embeddings, embedding, texts, NUM_CAPTIONS)
+    texts, embeddings = embed_captions(searcher)
+    captions = best_matches(embeddings, embedding, texts, NUM_CAPTIONS)
     print(f"its best captions among {len(texts):,}:")
-    print_matches(captioned)
-    draw_matches(f"like {Path(image).name}", matches, output, show=True)
-    print(f"drawn in {output}")
-    captioned = [{"caption": caption, "score": score} for caption, score in captioned]
-    return {"image": image, "captions": captioned, "matches": as_records(matches)}
+    for caption, score in captions:
+        print(f"{score:7.3f}  {caption}")
+    draw_matches(f"like {name}", matches, options.output, show=True)
+    captioned = [{"caption": caption, "score": score} for caption, score in captions]
+    return {"image": options.image, "captions": captioned, "matches": [match.record() for match in matches]}
 
 
-def answer_classes(model, image, names, device, dtype):
+def answer_classes(searcher, options):
     """Prints the probability of each class for a picture. Returns {"image", "classes": [{"name", "probability"}]}."""
-    classes = classify_embedding(model, embed_file(model, image, device, dtype), list(names))
+    embedding = searcher.embed_file(options.image)
+    classes = classify_embedding(searcher.model, embedding, list(options.classify))
     for name, probability in classes:
         print(f"{100 * probability:6.1f}%  {name}")
-    return {"image": image, "classes": [{"name": name, "probability": probability} for name, probability in classes]}
+    return {"image": options.image, "classes": [{"name": name, "probability": probability} for name, probability in classes]}
+
+
+def list_duplicates(options):
+    """Prints and draws the groups of files in a folder that are the same photograph. Nothing is deleted."""
+    from search.duplicates import as_records, draw_duplicates, find_duplicates
+
+    files = list(find_pictures(options.images))
+    groups = find_duplicates(files, options.cache_dir, options.num_workers)
+    copies = sum(len(group) - 1 for group in groups)
+    print(f"{len(files):,} pictures: {copies:,} are copies of {len(groups):,} others")
+    for group in groups:
+        print("\n".join(str(copy) for copy in group), end="\n\n")
+    if groups:
+        draw_duplicates(groups, options.output)
+        print(f"drawn in {options.output}")
+    if options.json:
+        write_json(options.json, {"groups": as_records(groups)})
+
+
+def write_map(searcher, options):
+    """Writes a map of all pictures as a page, and draws it."""
+    from search.map import make_map
+
+    from search.run_data import embed_captions
+
+    gallery = find_gallery(searcher, options)
+    captions, caption_embeddings = embed_captions(searcher)
+    vectors = gallery.vectors[gallery.rows]
+    make_map(vectors, list(gallery.paths), captions, caption_embeddings, options.map, options.num_workers)
+    print(f"written {options.map} and {Path(options.map).with_suffix('.png')}")
 
 
 def write_onnx(run):
+    from embedding import open_model
+    from search.export import export_onnx
+
     paths = export_onnx(open_model(run, "cpu", "fp32")[0], Path() if is_model_name(run) else Path(run))
     print(f"written {' and '.join(map(str, paths))}")
 
 
-def write_answer(json_path, answer):
-    if json_path:
-        write_json(json_path, answer)
-
-
-def heat_map(model, embedding, device, dtype, path):
+def heat_map(searcher, embedding, path):
     """The centre crop of a picture, with a heat map over it of what matches a query's embedding, (d_e,)."""
+    from search.occlusion import occlusion_map
+    from utils.plots import overlay
+
+    model, device, dtype = searcher.opened
     size = model.image_encoder.size
     picture = center_crop(read_image(path, size, model.image_encoder.resize), size)
     heat = occlusion_map(model, picture, embedding, device, dtype)
@@ -256,13 +313,13 @@ def heat_map(model, embedding, device, dtype, path):
 
 
 def print_matches(matches):
-    for name, score in matches:
-        print(f"{score:7.3f}  {name}")
+    for match in matches:
+        print(f"{match.label()}  {match.filename}")
 
 
-def as_records(matches):
-    return [{"filename": name, "score": score} for name, score in matches]
+def main(arguments):
+    search(run_cli(Search, "inference.py", arguments, EXAMPLES))
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(search, "inference.py", sys.argv[1:], EXAMPLES))
+    run_command(lambda: main(sys.argv[1:]))

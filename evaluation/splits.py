@@ -4,18 +4,27 @@ from pathlib import Path
 
 from captions import SPLITS, image_positions, load_captions, training_images
 from config import is_model_name, is_stream, load_run
-from embedding import file_features, text_features, token_ids
-from evaluation.retrieval import similarities
+from embedding import file_features, project_and_normalize, text_features, token_ids
 from training.stream import validation_table
 from utils.errors import UserError
 
 
 def embed_rows(opened, rows, skip_bad, num_workers):
+    """The similarities of some rows' images and captions. Arguments: as for `embed_pairs`.
+
+    Returns (similarity, image_of_text, captions, paths): the (m, n) cosines of m captions with n images, the (m,) index of each
+    caption's image, the m captions, and the paths of the n images.
+    """
+    I_e, T_e, *others = embed_pairs(opened, rows, skip_bad, num_workers)
+    return T_e @ I_e.T, *others
+
+
+def embed_pairs(opened, rows, skip_bad, num_workers):
     """Embeds the images and captions of some rows.
 
     opened: (model, device, dtype), from `embedding.open_model`. rows: from `select_rows`.
-    Returns (similarity, image_of_text, captions, paths): the (m, n) cosines of m captions with n images, the (m,) index of each
-    caption's image, the m captions, and the paths of the n images.
+    Returns (I_e, T_e, image_of_text, captions, paths): n images and m captions, (n, d_e) and (m, d_e) arrays, L2-normalised,
+    the (m,) index of each caption's image, the m captions, and the paths of the n images.
     """
     (model, device, dtype), (table, image_dir, num_skipped) = opened, rows
     names, _ = image_positions(table)
@@ -26,7 +35,9 @@ def embed_rows(opened, rows, skip_bad, num_workers):
     T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
     if num_skipped or bad:
         print(f"left out: {num_skipped} rows, {len(bad)} pictures")
-    return similarities(model, I_f, T_f, device), image_of_text, captions, [image_dir / name for name in names]
+    I_e = project_and_normalize(model.image_projection, I_f, device).numpy()
+    T_e = project_and_normalize(model.text_projection, T_f, device).numpy()
+    return I_e, T_e, image_of_text, captions, [image_dir / name for name in names]
 
 
 def select_rows(run, data_paths, split, skip_bad):

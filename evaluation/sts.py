@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 import scipy.stats
 import tyro
 
-from captions import read_text
 from embedding import open_model, project_and_normalize, text_features, token_ids
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import read_text, write_json
 
 SCORE, FIRST, SECOND = ("score", "label"), ("sentence1", "sentence_a"), ("sentence2", "sentence_b")  # names of columns
 SCORE_COLUMN = {3: 0, 6: 3, 7: 4}  # without a header: number of columns -> index of the score, which the sentences follow

@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 import tyro
 
-from captions import read_text
 from embedding import file_features, open_model, project_and_normalize, text_features, token_ids
 from utils.errors import UserError
-from utils.files import write_json
-from utils.images import PICTURE_ENDINGS
+from utils.files import read_text, write_json
+from utils.formats import PICTURE_ENDINGS
 from utils.plots import draw_confusion
 
 WORDNET_ID = r"n\d{8}"  # names of ImageNet's class folders

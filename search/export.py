@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from utils.errors import UserError
 from utils.files import atomic_write
 
 EXAMPLE_BATCH = 2  # pictures and captions in the example input that the export traces
@@ -42,30 +41,27 @@ def export_onnx(model, folder):
     """Writes onnx/image.onnx and onnx/text.onnx into a folder, and returns their paths. Both accept any batch size.
 
     Captions have to be padded to the context length if the text encoder has a fixed one.
-    Raises UserError if onnx is not installed.
     """
-    try:
-        import onnx  # noqa: F401  imported here because these packages are optional
-        import onnxscript  # noqa: F401
-    except ImportError:
-        raise UserError("--export onnx: pip install onnx onnxscript") from None
-    model = model.cpu().eval()
-    n, length = torch.export.Dim("n"), torch.export.Dim("l", max=model.tokenizer.truncation["max_length"])
     size = model.image_encoder.size
     image = torch.zeros(EXAMPLE_BATCH, 3, size, size)
-    ids = torch.full((EXAMPLE_BATCH, 5), model.tokenizer.padding["pad_id"])
-    mask = torch.ones_like(ids)
-    exports = {
-        "image": (ImageExport(model), (image,), {"image": {0: n}}),
-        "text": (TextExport(model), (ids, mask), {"input_ids": {0: n, 1: length}, "attention_mask": {0: n, 1: length}}),
-    }
-    paths = []
-    for name, (module, example, shapes) in exports.items():
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "# The axis name")  # ids and mask share the axes n and l, as intended
-            names = {"input_names": list(shapes), "output_names": [f"{name}_features"]}
-            program = torch.onnx.export(module.eval(), example, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
-        path = Path(folder) / "onnx" / f"{name}.onnx"
-        atomic_write(path, lambda temporary, program=program: program.save(str(temporary), external_data=False))
-        paths.append(path)
+    paths = [Path(folder) / "onnx" / f"{name}.onnx" for name in ("image", "text")]
+    export(ImageExport(model.cpu()), (image,), {"image": {0: torch.export.Dim("n")}}, paths[0])
+    export_text(model, paths[1])
     return paths
+
+
+def export_text(model, path):
+    """Writes the text encoder with its projection head."""
+    n, length = torch.export.Dim("n"), torch.export.Dim("l", max=model.tokenizer.truncation["max_length"])
+    ids = torch.full((EXAMPLE_BATCH, 5), model.tokenizer.padding["pad_id"])
+    shapes = {"input_ids": {0: n, 1: length}, "attention_mask": {0: n, 1: length}}
+    export(TextExport(model.cpu()), (ids, torch.ones_like(ids)), shapes, path)
+
+
+def export(module, example, shapes, path):
+    """Writes a module, of which example is the input and shapes its axes of any length, as an ONNX file."""
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "# The axis name")  # ids and mask share the axes n and l, as intended
+        names = {"input_names": list(shapes), "output_names": [f"{path.stem}_features"]}
+        program = torch.onnx.export(module.eval(), example, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
+    atomic_write(path, lambda temporary: program.save(str(temporary), external_data=False))

@@ -1,97 +1,26 @@
 """The pictures of a folder and their embeddings, which are kept on disk (`search.store`).
 
-A later search embeds only new and changed pictures, and forgets deleted ones. Several processes (torchrun) embed a share of the
-pictures each. Each writes its own files, which the first process adds to the store.
+A later search embeds only new and changed pictures, and forgets deleted ones.
 """
 
-import contextlib
 import os
+import re
 import sqlite3
-import tarfile
-import uuid
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from datetime import datetime
 
 import numpy as np
 
-from embedding import file_embeddings
 from search import index
 from search.index import CompressedIndex, exact_top_k, open_index
-from search.store import Store
-from training import distributed
-from utils.cache import cache_key, model_key, note_use
+from search.store import DATE, Store
+from search.update import merge_parts, parts_folder, update
+from utils import processes
 from utils.errors import UserError
-from utils.files import atomic_write, expand, remove_leftovers, tar_members
-from utils.images import PICTURE_ENDINGS, VIEW
+from utils.files import remove_leftovers
 
-FORMAT = "vectors in a file"  # part of cache keys
-WRITE_EVERY = 512  # pictures that a killed process may have embedded in vain
-
-
-def find_pictures(folder):
-    """Yields (path, bytes, modification time in ns) of the pictures in a folder and its subfolders, or in tar files.
-
-    folder: 'DIR/*.tar' and 'DIR/{000..099}.tar' stand for tar files, whose pictures have paths such as DIR/000.tar/NAME.
-    Folders without read permission and names that are not UTF-8 are left out; how many is printed at the end.
-    Raises UserError if there are no pictures.
-    """
-    if str(folder).endswith(".tar"):
-        yield from find_in_tars(str(folder))
-        return
-    num_found, num_unreadable, num_not_utf8 = 0, 0, 0
-    if not Path(folder).is_dir():
-        raise UserError(f"--images {folder}: no such folder")
-    folders = [os.path.abspath(folder)]
-    while folders:
-        try:
-            entries = list(os.scandir(folders.pop()))
-        except PermissionError:
-            num_unreadable += 1
-            continue
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif os.path.splitext(entry.name)[1].lower() in PICTURE_ENDINGS and entry.is_file():
-                if not is_unicode(entry.path):
-                    num_not_utf8 += 1
-                    continue
-                stat, num_found = entry.stat(), num_found + 1
-                yield entry.path, stat.st_size, stat.st_mtime_ns
-    if num_unreadable or num_not_utf8:
-        print(f"left out {num_unreadable:,} folders without read permission and {num_not_utf8:,} pictures with non-UTF-8 names")
-    if not num_found:
-        raise UserError(f"--images {folder}: no pictures there ({', '.join(sorted(PICTURE_ENDINGS))})")
-
-
-def find_in_tars(pattern):
-    """The same for the pictures in tar files. A file that is damaged is left out, with a line."""
-    num_found = 0
-    for archive in expand(pattern):
-        try:
-            changed = os.stat(archive).st_mtime_ns
-            members = tar_members(archive, changed)
-        except FileNotFoundError:
-            raise UserError(f"--images {pattern}: no such file as {archive}; check the pattern") from None
-        except (OSError, tarfile.TarError) as error:
-            print(f"left out {archive}: damaged ({error})")
-            continue
-        for name, (_, size) in members.items():
-            if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS and is_unicode(name):
-                num_found += 1
-                yield f"{os.path.abspath(archive)}/{name}", size, changed
-    if not num_found:
-        raise UserError(f"--images {pattern}: no pictures there; check the pattern")
-
-
-def is_unicode(path):
-    """False for a path with bytes that are not UTF-8: Python represents them as surrogates, which SQLite rejects."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+DATE_FORMATS = "%Y", "%Y-%m", "%Y-%m-%d"
 
 
 class Paths(Sequence):
@@ -108,6 +37,42 @@ class Paths(Sequence):
 
 
 @dataclass
+class Filters:
+    """What a picture has to be, besides like the query. Empty: anything.
+
+    after, before: days, months or years, as 2021-06-30, 2021-06 or 2021; taken since the first moment of one and before that of
+    the other. folder: a pattern of its path below the folder that is searched, as Italy/*.
+    """
+
+    after: str = ""
+    before: str = ""
+    folder: str = ""
+
+    def condition(self, root):
+        """(where, values), as for `Store.pictures`. root: the folder that is searched. Raises UserError for what is no date."""
+        terms, values = [], []
+        for flag, sign in (("after", ">="), ("before", "<")):
+            if getattr(self, flag):
+                terms.append(f"{DATE} {sign} ?")
+                values.append(first_moment(getattr(self, flag), flag))
+        if self.folder:
+            below = re.sub(r"([\[?*])", r"[\1]", os.path.join(os.path.abspath(root), "")) if root else "*/"
+            terms.append("path GLOB ?")
+            values.append(below + self.folder)
+        return " AND ".join(terms) or "1", values
+
+
+def first_moment(day, flag):
+    """The first moment of a day, month or year, as in a `Store`. Raises UserError, with the flag's name, for another text."""
+    for date_format in DATE_FORMATS:
+        try:
+            return datetime.strptime(day.strip(), date_format).isoformat()
+        except ValueError:
+            continue
+    raise UserError(f"--{flag} {day}: no date; write a year, month or day, as 2021, 2021-06 or 2021-06-30")
+
+
+@dataclass
 class Gallery:
     """N pictures to search."""
 
@@ -115,6 +80,8 @@ class Gallery:
     vectors: np.memmap  # (M, d_e) float16, L2-normalised, also of pictures that are not searched
     rows: np.ndarray  # (N,) int64, of the vectors of the N pictures
     compressed: CompressedIndex | None  # for approximate search, if there are many pictures
+    store: Store
+    folder: str  # that is searched; empty: some files
 
     def top_k(self, embedding, n):
         """As the function `index.top_k`."""
@@ -122,26 +89,38 @@ class Gallery:
             return self.compressed.top_k(embedding, n)
         return exact_top_k(self.vectors, self.rows, embedding, n)
 
+    def select(self, filters):
+        """The Gallery of those pictures that `Filters` let through. Raises UserError where there are none."""
+        if filters == Filters():
+            return self
+        found = list(self.store.pictures(*filters.condition(self.folder)))
+        if not found:
+            raise UserError(f"none of the {len(self.paths):,} pictures is from these dates and folders; choose others")
+        rows = np.array([row for row, _ in found], dtype=np.int64)
+        compressed = CompressedIndex(self.compressed.index, self.vectors, rows) if self.compressed else None
+        return Gallery([path for _, path in found], self.vectors, rows, compressed, self.store, self.folder)
 
-def open_gallery(model, files, folder, cache_dir, device, dtype, num_workers=0, exact=False):
+    def embedding_of(self, position):
+        """The embedding of one of the N pictures, (d_e,) float32."""
+        return self.vectors[self.rows[position]].astype(np.float32)
+
+
+def open_gallery(searcher, files, folder, num_workers=0, exact=False):
     """The Gallery of some picture files. Embeds those that are new, changed or not yet embedded with this model.
 
-    files: (path, bytes, modification time) of each, as `find_pictures` yields them. folder: the folder whose pictures these all
-    are, so that deleted ones can be forgotten; None if they are only some of a folder's. exact: never use approximate search.
-    Raises UserError if no picture can be read or cache_dir cannot be written.
+    searcher: a `search.searcher.Searcher`. files: (path, bytes, modification time) of each, as `find_pictures` yields them.
+    folder: the folder whose pictures these all are, so that deleted ones can be forgotten; empty if they are only some of a
+    folder's. exact: never use approximate search.
+    Raises UserError if no picture can be read or the cache cannot be written.
     """
-    path = Path(cache_dir) / f"gallery-{cache_key(model_key(model), VIEW, dtype, FORMAT)}.sqlite"
-    remove_leftovers(cache_dir)
+    path = searcher.gallery_path()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        store = open_store(path, model.image_projection.out_features)
-        count = update(store, model, files, folder, device, dtype, num_workers)
-        if model.run_dir:
-            note_use(model.run_dir, path)
-            note_use(model.run_dir, store.companion(".vectors"))
-        gallery = read_gallery(store, exact)
+        store = open_store(path, searcher.width)
+        count = update_store(store, searcher, files, folder, num_workers)
+        searcher.note_use(path, store.companion(".vectors"))
+        gallery = read_gallery(store, folder, exact)
     except (sqlite3.OperationalError, OSError) as error:
-        raise UserError(f"--cache-dir {cache_dir}: cannot be used ({error}); free space, or name another folder") from None
+        raise UserError(f"--cache-dir {path.parent}: cannot be used ({error}); free space, or name another folder") from None
     except (sqlite3.DatabaseError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, then run the command again") from None
     if len(gallery.rows) < count:
@@ -151,8 +130,27 @@ def open_gallery(model, files, folder, cache_dir, device, dtype, num_workers=0, 
     return gallery
 
 
-def read_gallery(store, exact):
-    """The `Gallery` of a store's listed files. exact: as for `open_gallery`."""
+def update_store(store, searcher, files, folder, num_workers, on_progress=None):
+    """Makes a `Store` have what a gallery's files are now. Returns how many there are. Arguments: as for `open_gallery`.
+
+    on_progress: as for `search.update.update`.
+    """
+    with processes.main_process_first():
+        if processes.is_main_process():
+            merge_parts(store, parts_folder(store))
+        count = store.list_files(files)
+    if processes.size() > 1 or store.count_stale():
+        update(store, searcher, num_workers, count, on_progress)
+    if processes.is_main_process():
+        if folder:
+            store.forget(folder)
+        store.compact()
+    processes.barrier()
+    return count
+
+
+def read_gallery(store, folder, exact):
+    """The `Gallery` of a store's listed files. folder, exact: as for `open_gallery`."""
     with store.transaction():  # so that no other process numbers the rows again meanwhile
         rows = np.fromiter((row for row, _ in store.pictures()), dtype=np.int64)
         vectors, paths = store.vectors(), Paths(store, rows)
@@ -164,18 +162,20 @@ def read_gallery(store, exact):
         if not index_path.exists() and (dropped := store.drop_damaged()):
             raise UserError(f"{store.path}: {dropped:,} of its vectors were damaged; run the command again to embed them again")
         compressed = CompressedIndex(open_index(index_path, vectors), vectors, rows)
-    return Gallery(paths, vectors, rows, compressed)
+    return Gallery(paths, vectors, rows, compressed, store, folder)
 
 
 def open_store(path, width):
     """The `Store` at a path. One that is damaged is deleted and begun again, by the main process."""
-    with distributed.main_process_first():
+    with processes.main_process_first():
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            remove_leftovers(path.parent)
             store = Store(path, width)
-            if distributed.is_main_process() and (dropped := store.drop_damaged(last_only=True)):
+            if processes.is_main_process() and (dropped := store.drop_damaged(last_only=True)):
                 print(f"{path}: {dropped:,} vectors were damaged; they are embedded again")
             return store
-        except sqlite3.OperationalError:
+        except (sqlite3.OperationalError, OSError):
             raise
         except (sqlite3.DatabaseError, ValueError) as error:
             print(f"{path}: {error}; it is built again")
@@ -183,65 +183,3 @@ def open_store(path, width):
                 if leftover.is_file():
                     leftover.unlink()
             return Store(path, width)
-
-
-def update(store, model, files, folder, device, dtype, num_workers):
-    """Embeds what a store does not have of a gallery's files. The other arguments are those of `open_gallery`.
-
-    Returns how many files there are.
-    """
-    parts = store.path.with_suffix(".parts")  # a folder; several processes write there, and may have been killed
-    with distributed.main_process_first():
-        if distributed.is_main_process():
-            merge_parts(store, parts)
-        count = store.list_files(files, folder if distributed.is_main_process() else None)
-    size, rank, num_stale, own, pending = distributed.size(), distributed.rank(), 0, [], []
-    for entry in store.stale():
-        num_stale += 1
-        if zlib.crc32(entry[0].encode()) % size == rank:
-            own.append(entry)
-    if num_stale:
-        print(f"embedding {num_stale:,} of {count:,} pictures: new, changed, or not yet embedded with this model", flush=True)
-    write = store.add if size == 1 else lambda pictures: write_part(parts, pictures)
-    for position, embedding in file_embeddings(model, [path for path, *_ in own], device, dtype, num_workers):
-        pending.append((*own[position], None if embedding is None else embedding.numpy()))
-        if len(pending) == WRITE_EVERY:
-            write(pending)
-            pending = []
-    if pending:
-        write(pending)
-    distributed.barrier()
-    if distributed.is_main_process():
-        merge_parts(store, parts)
-        store.compact()
-    distributed.barrier()
-    return count
-
-
-def write_part(folder, pictures):
-    """Writes pictures as for `Store.add` into a file of their own."""
-    paths, sizes, changed, vectors = zip(*pictures)
-    readable = np.array([vector is not None for vector in vectors])
-    found = np.stack([vector for vector in vectors if vector is not None] or [np.empty(0)]).astype(np.float16)
-    columns = {"paths": np.array(paths), "sizes": np.array(sizes), "changed": np.array(changed)}
-
-    def write(temporary):
-        with open(temporary, "wb") as file:  # else NumPy adds an ending to the name
-            np.savez(file, readable=readable, vectors=found, **columns)
-
-    atomic_write(folder / f"{uuid.uuid4().hex}.npz", write)
-
-
-def merge_parts(store, folder):
-    """Adds the files of `write_part` to a store, and removes them."""
-    for path in sorted(folder.glob("*.npz")):
-        try:
-            with np.load(path) as part:
-                vectors = iter(part["vectors"])
-                columns = zip(part["paths"].tolist(), part["sizes"].tolist(), part["changed"].tolist(), part["readable"])
-                store.add([(*entry, next(vectors) if readable else None) for *entry, readable in columns])
-        except FileNotFoundError:  # another command has added it meanwhile
-            continue
-        path.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # there is none, or another process writes there
-        folder.rmdir()

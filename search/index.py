@@ -7,7 +7,6 @@ exactly. The index file is memory-mapped, as the vectors are.
 import mmap
 
 import numpy as np
-import torch
 
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -26,13 +25,21 @@ MAX_APPROXIMATE = 1000  # matches; for more the exact search is used
 
 
 def top_k(gallery, embedding, n):
-    """The n nearest neighbours of an embedding, (d_e,): (cosines, positions in the gallery), nearest first.
+    """The n nearest neighbours of an embedding, (d_e,): (cosines, positions in the gallery), two arrays, nearest first.
 
     gallery: L2-normalised embeddings, (N, d_e), or a `search.gallery.Gallery`.
     """
-    if torch.is_tensor(gallery):
-        return (gallery @ embedding).topk(min(n, len(gallery)))
-    return gallery.top_k(embedding, n)
+    if hasattr(gallery, "top_k"):
+        return gallery.top_k(embedding, n)
+    return largest(np.asarray(gallery, dtype=np.float32) @ embedding, n)
+
+
+def largest(scores, n):
+    """(the n largest of N scores, their positions), largest first."""
+    n = min(n, len(scores))
+    positions = np.argpartition(scores, len(scores) - n)[len(scores) - n :] if n < len(scores) else np.arange(n)
+    positions = positions[np.argsort(-scores[positions], kind="stable")]
+    return scores[positions], positions
 
 
 def exact_top_k(vectors, rows, embedding, n, at_once=BLOCK):
@@ -40,16 +47,16 @@ def exact_top_k(vectors, rows, embedding, n, at_once=BLOCK):
 
     vectors: (M, d_e) float16. rows: (N,) int64; positions are among these.
     """
-    scores, positions = torch.empty(0), torch.empty(0, dtype=torch.int64)
+    scores, positions = np.empty(0, np.float32), np.empty(0, np.int64)
     for start in range(0, len(rows), at_once):
         chosen = rows[start : start + at_once]
         first, end = chosen[0], chosen[-1] + 1
         in_order = end - first == len(chosen) and (np.diff(chosen) == 1).all()
-        block = torch.from_numpy(vectors[first:end] if in_order else vectors[chosen]).float()
+        block = (vectors[first:end] if in_order else vectors[chosen]).astype(np.float32)
         release(vectors)
-        block_scores, best = (block @ embedding).topk(min(n, len(block)))
-        scores, order = torch.cat([scores, block_scores]).topk(min(n, len(scores) + len(best)))
-        positions = torch.cat([positions, best + start])[order]
+        block_scores, best = largest(block @ embedding, n)
+        scores, order = largest(np.concatenate([scores, block_scores]), n)
+        positions = np.concatenate([positions, best + start])[order]
     return scores, positions
 
 
@@ -78,10 +85,10 @@ class CompressedIndex:
     def top_k(self, embedding, n):
         """The same as the function `top_k`. Fewer than n where the lists that are searched hold fewer."""
         count = min(max(CANDIDATES, n), len(self.rows))
-        _, rows = self.index.search(embedding.numpy()[None], count, params=self.parameters)
+        _, rows = self.index.search(embedding[None], count, params=self.parameters)
         rows = np.sort(rows[0][rows[0] >= 0])  # faiss fills up with -1
         scores, best = exact_top_k(self.vectors, rows, embedding, n, SCATTERED)
-        return scores, torch.from_numpy(self.order[np.searchsorted(self.rows, rows[best.numpy()])])
+        return scores, self.order[np.searchsorted(self.rows, rows[best])]
 
 
 def num_lists(count):

@@ -32,7 +32,7 @@ def occlusion_map(model, picture, embedding, device, dtype):
     image = torch.from_numpy(pictures).permute(0, 3, 1, 2).to(device)
     with autocast(device, dtype):
         I_f = model.image_features(image).float()
-    cosines = (project_and_normalize(model.image_projection, I_f, device) @ embedding).numpy()
+    cosines = project_and_normalize(model.image_projection, I_f, device).numpy() @ embedding
     drops, counts = np.zeros((size, size)), np.zeros((size, size))
     for square, cosine in zip(squares, cosines[:-1]):
         drops[square] += cosines[-1] - cosine

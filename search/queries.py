@@ -1,28 +1,24 @@
-"""Queries to a gallery: embed texts and pictures, rank the matches, and find the data of a run to search in."""
+"""Queries to a gallery: texts and pictures to embeddings, and embeddings to matches."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
+import numpy as np
 
-from captions import load_captions, read_text
-from config import is_model_name, is_stream, load_run
-from embedding import file_embeddings, project_and_normalize, text_features, token_ids
-from search.gallery import find_pictures
 from search.index import top_k
-from training.stream import validation_table
-from utils.cache import cache_key, cached_tensor, model_key, note_use
+from search.relevance import WRONG_SHARE
 from utils.errors import UserError
+from utils.files import read_text
 
 MAX_QUERY_LENGTH = 1000  # characters; text encoders truncate far earlier
-NUM_CAPTIONS = 5  # best captions to show for a picture
+NUM_SPREAD = 1000  # pictures of a gallery that say how far cosines spread
 
 
-@torch.no_grad()
 def embed_texts(model, texts):
-    """m texts -> (m, d_e) L2-normalised embeddings, in fp32. Raises UserError for a text that is empty or too long."""
+    """m texts -> (m, d_e) float32, L2-normalised. Raises UserError for a text that is empty or too long.
+
+    model: a `search.searcher.Searcher` or a CLIPModel.
+    """
     for text in texts:
         if not text.strip():
             raise UserError('the query is empty; say what the picture should show, as in python inference.py "a dog"')
@@ -30,9 +26,11 @@ def embed_texts(model, texts):
             raise UserError(
                 f"the query has {len(text):,} characters ({text[:20]!r}...), at most {MAX_QUERY_LENGTH:,} are allowed"
             )
-    device = model.logit_scale.device
-    T_f = text_features(model, token_ids(model.tokenizer, texts), device, torch.float32)
-    return project_and_normalize(model.text_projection, T_f, device)
+    if hasattr(model, "embed_texts"):
+        return model.embed_texts(texts)
+    import embedding  # only here: this import takes seconds
+
+    return embedding.embed_texts(model, texts).numpy()
 
 
 def embed_query(model, texts, minus=(), weights=()):
@@ -44,11 +42,29 @@ def embed_query(model, texts, minus=(), weights=()):
     weights = list(weights) or [1.0] * (len(texts) + len(minus))
     if len(weights) != len(texts) + len(minus):
         raise UserError(f"--weights: {len(weights)} numbers for {len(texts)} texts and {len(minus)} of --minus")
-    signed_weights = torch.tensor([*weights[: len(texts)], *(-weight for weight in weights[len(texts) :])])
-    total = signed_weights @ embed_texts(model, [*texts, *minus])
-    if total.norm() < 1e-6:
-        raise UserError("the texts of the query cancel out: their sum is zero; change --minus or --weights")
-    return F.normalize(total, dim=0)
+    signed_weights = np.array([*weights[: len(texts)], *(-weight for weight in weights[len(texts) :])], dtype=np.float32)
+    return normalize(signed_weights @ embed_texts(model, [*texts, *minus]))
+
+
+def normalize(total):
+    """A sum of embeddings, (d_e,), L2-normalised. Raises UserError where it is zero."""
+    length = np.linalg.norm(total)
+    if length < 1e-6:
+        raise UserError("the parts of the query cancel out: their sum is zero; change --minus or --weights")
+    return total / length
+
+
+def blend(gallery, embeddings):
+    """One embedding, (d_e,), of several that count the same for the order of a gallery's pictures.
+
+    A picture's cosines with pictures are larger and spread more than those with texts, so each embedding is first divided by
+    the standard deviation of its cosines with the gallery's pictures.
+    """
+    if len(embeddings) == 1:
+        return embeddings[0]
+    rows = gallery.rows[:: max(1, len(gallery.rows) // NUM_SPREAD)]
+    some = gallery.vectors[rows].astype(np.float32)
+    return normalize(sum(embedding / max(np.std(some @ embedding), 1e-6) for embedding in embeddings))
 
 
 @dataclass
@@ -67,17 +83,61 @@ class Query:
         return embed_query(model, self.texts, self.minus, self.weights)
 
 
-def best_matches(gallery, embedding, image_filenames, n):
+def best_matches(gallery, embedding, image_filenames, n, skip=0):
     """The n pictures nearest to an embedding, (d_e,), as [(filename, cosine)], best first. gallery: as for `index.top_k`.
 
-    Those that were deleted since the gallery was opened are left out.
+    skip: leave out that many better ones. Pictures that were deleted since the gallery was opened are left out.
     """
-    scores, positions = top_k(gallery, embedding, n)
+    scores, positions = top_k(gallery, embedding, n + skip)
+    scores, positions = scores[skip:], positions[skip:]
     matches = [(image_filenames[i], score) for i, score in zip(positions.tolist(), scores.tolist())]
-    matches = [(name, score) for name, score in matches if name is not None]
-    if len(positions) and not matches:
+    existing = [(name, score) for name, score in matches if name is not None]
+    if matches and not existing:
         raise UserError("the pictures were deleted or embedded again meanwhile; start the search again")
-    return matches
+    return existing
+
+
+@dataclass
+class Match:
+    """A picture that was found. probability: that it matches, 0 to 1; None without a `Relevance`. relevant: above the floor."""
+
+    filename: str
+    score: float  # cosine
+    probability: float | None = None
+    relevant: bool = True
+
+    def record(self):
+        probability = {} if self.probability is None else {"probability": round(self.probability, 4)}
+        return {"filename": self.filename, "score": self.score} | probability
+
+    def label(self):
+        return f"{self.score:7.3f}" if self.probability is None else f"{100 * self.probability:6.1f}%"
+
+
+def judge(matches, embedding, relevance, wrong_share=WRONG_SHARE):
+    """[(filename, cosine)] of a text's embedding, (d_e,) -> a list of `Match`.
+
+    relevance: a `search.relevance.Relevance`, or None. wrong_share: of the wrong pictures, that may get over the floor; 0: all.
+    """
+    if relevance is None:
+        return [Match(name, score) for name, score in matches]
+    scores = relevance.normalize([score for _, score in matches], embedding)
+    floor = relevance.floor(wrong_share)
+    return [
+        Match(name, cosine, float(relevance.probability(score)), bool(score >= floor))
+        for (name, cosine), score in zip(matches, scores)
+    ]
+
+
+def classify_embedding(model, embedding, names):
+    """The probability of each of c class names for a picture's embedding, (d_e,): [(name, probability)], highest first.
+
+    model: a CLIPModel.
+    """
+    logits = model.logit_scale.exp().item() * embed_texts(model, names) @ embedding  # (c,)
+    probabilities = np.exp(logits - logits.max())
+    probabilities /= probabilities.sum()
+    return [(names[i], float(probabilities[i])) for i in np.argsort(-logits, kind="stable")]
 
 
 def newest_run():
@@ -86,66 +146,6 @@ def newest_run():
     if not weights:
         raise UserError("runs/ holds no trained run; train one with python main.py, or name one with --run")
     return str(weights[-1].parent)
-
-
-def read_data(run):
-    """(table, image_dir) of the data set that a run was trained on. Raises UserError if it is no longer there."""
-    if is_model_name(run):
-        raise UserError(f"--run {run}: has no pictures and captions of its own; name a folder of pictures with --images")
-    config = load_run(run)["config"]
-    if is_stream(config.data_dir):
-        table, image_dir, _ = validation_table(config)
-    else:
-        table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
-    return table, image_dir
-
-
-def files_to_search(run, images):
-    """(files, folder), as for `open_gallery`, of the pictures in a folder or tar files, or of the run's validation pictures."""
-    if images:
-        return find_pictures(images), None if images.endswith(".tar") else images
-    table, image_dir = read_data(run)
-    paths = [os.path.abspath(image_dir / name) for name in table["image"][table["split"] == "val"].unique()]
-    return [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]], None
-
-
-def embed_captions(model, run, cache_dir, device, dtype):
-    """The distinct captions of a run's data set: (captions, embeddings), m strings and (m, d_e), L2-normalised.
-
-    The embeddings are cached on disk. If the data set is no longer there, m is 0 and a message is printed.
-    """
-    width = model.text_projection.out_features
-    try:
-        captions = list(read_data(run)[0]["caption"].unique())
-    except UserError as error:
-        print(f"no captions for pictures: {error}")
-        return [], torch.empty(0, width)
-    path = Path(cache_dir) / f"captions-{cache_key(model_key(model), dtype, captions)}.npy"
-    note_use(run, path)
-
-    def compute():
-        T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
-        return [project_and_normalize(model.text_projection, T_f, device)]
-
-    return captions, cached_tensor(path, (len(captions), width), torch.float32, compute)
-
-
-def embed_file(model, path, device, dtype):
-    """The embedding of one picture file, (d_e,), L2-normalised. Raises UserError if it cannot be read."""
-    if not Path(path).is_file():
-        raise UserError(f"--image {path}: no such file")
-    [(_, embedding)] = file_embeddings(model, [path], device, dtype)
-    if embedding is None:
-        raise UserError(f"--image {path}: empty, truncated, too large or not a picture")
-    return embedding
-
-
-def classify_embedding(model, embedding, names):
-    """The probability of each of c class names for a picture's embedding, (d_e,): [(name, probability)], highest first."""
-    logits = model.logit_scale.exp().cpu() * embed_texts(model, names) @ embedding  # (c,)
-    order = logits.argsort(descending=True).tolist()
-    probabilities = logits.softmax(dim=0).tolist()
-    return [(names[i], probabilities[i]) for i in order]
 
 
 def read_queries(path):

@@ -17,12 +17,20 @@ import zlib
 import numpy as np
 
 SCHEMA = (
+    # changed: in ns; row: NULL if the picture cannot be read; content: a hash of the file; taken: NULL if EXIF has no date
     "CREATE TABLE IF NOT EXISTS pictures (path TEXT PRIMARY KEY, bytes INTEGER NOT NULL, "
-    "changed INTEGER NOT NULL, row INTEGER UNIQUE) WITHOUT ROWID",  # changed: in ns; row: NULL if the picture cannot be read
+    "changed INTEGER NOT NULL, row INTEGER UNIQUE, content BLOB, taken TEXT) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS blocks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, checksum INTEGER NOT NULL)",
     "CREATE TABLE IF NOT EXISTS generation (name TEXT NOT NULL)",  # in the names of the files that belong to this database
     "CREATE TEMP TABLE listed (path TEXT PRIMARY KEY, bytes INTEGER, changed INTEGER) WITHOUT ROWID",
 )
+# The time a picture was taken, or else that of its file, as 2021-06-03T12:30:00.
+DATE = "COALESCE(taken, strftime('%Y-%m-%dT%H:%M:%S', pictures.changed / 1000000000, 'unixepoch', 'localtime'))"
+STALE = (
+    "listed LEFT JOIN pictures USING (path) WHERE pictures.path IS NULL "
+    "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed"
+)
+FORMAT = "pictures with content and date"  # part of cache keys
 TIMEOUT = 60  # seconds to wait for another command's transaction
 MAGIC = b"CLIP vectors 1"
 HEADER = 64  # bytes, so that rows are aligned
@@ -98,16 +106,19 @@ class Store:
         return np.memmap(path, mode="c", dtype=np.float16, offset=HEADER, shape=(count, self.width))
 
     def add(self, pictures):
-        """Adds or replaces pictures, (path, bytes, changed, vector); vector: (width,), or None for one that cannot be read."""
+        """Adds or replaces pictures, (path, bytes, changed, content, taken, vector).
+
+        vector: (width,), or None for one that cannot be read. The others: as in the table.
+        """
         vectors = [vector for *_, vector in pictures if vector is not None]
         with self.transaction():
             row, entries = self.num_rows(), []
             if vectors:
                 self.write_rows(row, np.stack(vectors).astype(np.float16))
-            for path, size, changed, vector in pictures:
-                entries.append((path, size, changed, None if vector is None else row))
+            for path, size, changed, content, taken, vector in pictures:
+                entries.append((path, size, changed, None if vector is None else row, content, taken))
                 row += vector is not None
-            self.database.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", entries)
+            self.database.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?, ?, ?)", entries)
 
     def write_rows(self, first, vectors):
         """Writes a block of rows, and notes it; within a transaction."""
@@ -135,31 +146,54 @@ class Store:
                     dropped += self.database.execute("DELETE FROM pictures WHERE row BETWEEN ? AND ?", bounds).rowcount
         return dropped
 
-    def list_files(self, files, folder):
-        """Notes the files of a gallery, (path, bytes, changed), and forgets pictures of the folder that are gone.
-
-        folder: None if the files are only some of a folder's pictures. Returns how many files there are.
-        """
+    def list_files(self, files):
+        """Notes the files of a gallery, (path, bytes, changed). Returns how many there are."""
         with self.transaction("DEFERRED"):  # listing takes long, and writes a temporary table only
             self.database.execute("DELETE FROM listed")
             self.database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?)", files)
-        if folder:  # all paths in it lie between these; what is in tar files there is not listed
-            bounds = [os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.abspath(folder), "\U0010ffff")]
-            gone = "path BETWEEN ? AND ? AND path NOT LIKE '%.tar/%' AND path NOT IN (SELECT path FROM listed)"
+        return self.one("SELECT COUNT(*) FROM listed")
+
+    def forget(self, folder):
+        """Forgets the pictures of a folder that are not listed; those in tar files there stay, as they are never listed."""
+        # All paths in it lie between these.
+        bounds = [os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.abspath(folder), "\U0010ffff")]
+        gone = "path BETWEEN ? AND ? AND path NOT LIKE '%.tar/%' AND path NOT IN (SELECT path FROM listed)"
+        if self.one(f"SELECT EXISTS (SELECT * FROM pictures WHERE {gone})", bounds):
             with self.transaction():
                 self.database.execute(f"DELETE FROM pictures WHERE {gone}", bounds)
-        return self.one("SELECT COUNT(*) FROM listed")
+
+    def count_stale(self):
+        """How many of the listed files are new or have changed."""
+        return self.one(f"SELECT COUNT(*) FROM {STALE}")
 
     def stale(self):
         """Yields the listed files that are new or have changed, (path, bytes, changed)."""
-        joined = "SELECT listed.* FROM listed LEFT JOIN pictures USING (path) WHERE pictures.path IS NULL"
-        changed = "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed"
-        return self.database.execute(f"{joined} {changed} ORDER BY path")
+        return self.database.execute(f"SELECT listed.* FROM {STALE} ORDER BY path")
 
-    def pictures(self):
-        """Yields (row, path) of the listed files that can be read, in the order of their paths."""
+    def stale_with_known_size(self):
+        """Those of them that have as many bytes as a picture with a vector, a list: they may be that one, renamed."""
+        known = "listed.bytes IN (SELECT bytes FROM pictures WHERE row IS NOT NULL)"
+        return self.database.execute(f"SELECT listed.* FROM {STALE.replace('WHERE ', f'WHERE {known} AND (')})").fetchall()
+
+    def with_content(self, contents):
+        """{content: (row, taken)} of pictures that have one of these contents, a set."""
+        rows = self.database.execute("SELECT content, row, taken FROM pictures WHERE row IS NOT NULL")
+        return {content: (row, taken) for content, row, taken in rows if content in contents}
+
+    def pictures(self, where="1", values=()):
+        """Yields (row, path) of the listed files that can be read, in the order of their paths.
+
+        where, values: a condition on the columns of `pictures`, and DATE.
+        """
         joined = "listed CROSS JOIN pictures USING (path)"  # so that SQLite goes through the listed ones in their order
-        return self.database.execute(f"SELECT row, path FROM {joined} WHERE row IS NOT NULL ORDER BY path")
+        return self.database.execute(
+            f"SELECT row, path FROM {joined} WHERE row IS NOT NULL AND ({where}) ORDER BY path", values
+        )
+
+    def date_of(self, path):
+        """The time a picture was taken, or else that of its file; None for one that is not here."""
+        found = self.database.execute(f"SELECT {DATE} FROM pictures WHERE path = ?", [path]).fetchone()
+        return found[0] if found else None
 
     def path_of(self, row, generation):
         """The path of a row's picture; None if it is gone since, or if rows were numbered again since this generation."""

@@ -29,21 +29,9 @@ from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
+from utils.processes import barrier, is_main_process, main_process_first, rank, size  # noqa: F401  used as distributed.rank
 
 TIMEOUT = datetime.timedelta(hours=2)  # others wait while one rank decodes pictures; a rank that dies is noticed at once
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def is_main_process():
-    """True in the one process that writes files; in all that there are where training runs in one process."""
-    return rank() == 0
-
-
-def size():
-    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 class NoTerminal(io.TextIOWrapper):
@@ -81,22 +69,6 @@ def destroy_distributed():
     """Destroys the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def main_process_first():
-    """The main process runs this block before the others, which then find its files on disk."""
-    if rank():
-        dist.barrier()
-    yield
-    if size() > 1 and not rank():
-        dist.barrier()
-
-
-def barrier():
-    """Waits until all ranks are here."""
-    if size() > 1:
-        dist.barrier()
 
 
 def shard(n):

@@ -7,12 +7,14 @@ import numpy as np
 
 from config import generated_per_batch, is_stream
 from embedding import project_and_normalize, text_features, token_ids
+from evaluation.relevance import relevance_line, write_relevance
 from evaluation.retrieval import recall_table, score
 from training import distributed
 from training.checkpoint import PREVIOUS
 from training.data import count_cut, split_features
 from training.losses import SIDES, Objective
 from training.model_card import write_card
+from utils.errors import UserError
 from utils.images import center_crop
 from utils.plots import draw_curves, draw_generated, draw_matches, draw_similarity
 
@@ -129,8 +131,19 @@ def write_report(state, splits, start, device, dtype):
     if distributed.is_main_process():
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)
+        learn_relevance(model, validation, I_f, T_f, device, run_dir)
         write_card(run_dir, state.config, model, splits, scores)
         (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
+
+
+def learn_relevance(model, split, I_f, T_f, device, run_dir):
+    """Writes what a search needs to say which pictures match, and prints how it does."""
+    I_e = project_and_normalize(model.image_projection, I_f, device).numpy()
+    T_e = project_and_normalize(model.text_projection, T_f, device).numpy()
+    try:
+        print(relevance_line(write_relevance(run_dir, I_e, T_e, split.image_of_text)))
+    except UserError as error:
+        print(f"no relevance floor: {error}")
 
 
 def draw_examples(model, split, I_f, T_f, device, run_dir):

@@ -21,10 +21,10 @@ from encoders.hub import hub_answers
 from utils.cache import cache_key, file_stats
 from utils.errors import UserError
 from utils.files import expand, write_json
-from utils.images import PICTURE_ENDINGS
+from utils.formats import PICTURE_ENDINGS, RAW_ENDINGS
 
 MAX_CAPTIONS = 100_000  # from which a vocabulary is made
-PICTURES = [ending[1:] for ending in sorted(PICTURE_ENDINGS)] + ["JPG", "JPEG", "PNG"]  # endings in a tar file
+PICTURES = [ending[1:] for ending in sorted(PICTURE_ENDINGS - RAW_ENDINGS)] + ["JPG", "JPEG", "PNG"]  # endings in a tar file
 
 
 @dataclass

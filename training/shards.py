@@ -12,14 +12,14 @@ from pathlib import Path
 import cv2
 import numpy as np
 import tyro
-from PIL import Image
 from tqdm import tqdm
 
 from captions import SPLIT_LISTS, load_captions
 from config import run_cli
 from utils.errors import UserError, run_command
 from utils.files import atomic_dir
-from utils.images import HEIC_ENDINGS, read_ahead, read_heic, read_image
+from utils.formats import decode
+from utils.images import read_ahead, resize_image
 
 KEPT_ENDINGS = (".jpg", ".jpeg", ".png", ".webp")  # of files that are copied as they are, unless they are too large
 JPEG_QUALITY = 95
@@ -31,20 +31,14 @@ def shard_picture(path, size):
     size 0: all do. Raises ValueError or OSError where it cannot be decoded.
     """
     ending = path.suffix.lower()
-    if ending in HEIC_ENDINGS:
-        shorter = min(read_heic(path).shape[:2])
-    else:
-        try:
-            with Image.open(path) as header:
-                shorter = min(header.size)
-        except Image.DecompressionBombError as error:
-            raise ValueError(str(error)) from None
+    picture = decode(path.read_bytes(), ending)  # also where it is not used, so that no broken picture gets into a shard
+    shorter = min(picture.shape[:2])
     size = min(size or shorter, shorter)
-    picture = read_image(path, size)  # also where it is not used, so that no broken picture gets into a shard
     if ending in KEPT_ENDINGS and size == shorter:
         return ending[1:], path.read_bytes()
     ending = ".png" if ending == ".png" else ".jpg"
-    encoded = cv2.imencode(ending, cv2.cvtColor(picture, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
+    scaled = cv2.cvtColor(resize_image(picture, size), cv2.COLOR_RGB2BGR)
+    encoded = cv2.imencode(ending, scaled, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]
     return ending[1:], encoded.tobytes()
 
 

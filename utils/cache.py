@@ -12,7 +12,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from config import run_cli
 from utils.errors import UserError, run_command
@@ -80,6 +79,8 @@ def cached_tensor(path, shape, dtype, compute, remedy="delete what is in it"):
     If there is no such file of this shape and dtype, compute() yields the tensor in blocks of rows, which are written first.
     Raises UserError, with the remedy, where the disk has too little space, or where the folder is not writable.
     """
+    import torch  # only here: this import takes seconds, and a search does without
+
     bits = torch.int16 if dtype == torch.bfloat16 else dtype  # NumPy has no bf16
     kind = torch.empty(0, dtype=bits).numpy().dtype
 

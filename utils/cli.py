@@ -67,7 +67,7 @@ def dataclass_flags(settings):
     The text of a flag is the comment behind its field. A comment on a line of its own names the group of the fields below it.
     """
     source = inspect.getsource(type(settings))
-    lines, kinds = source.splitlines(), typing.get_type_hints(type(settings))
+    lines, kinds = source.splitlines(), typing.get_type_hints(type(settings), include_extras=True)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)
     comments = {token.start[0]: token.string.lstrip("# ") for token in tokens if token.type == tokenize.COMMENT}
     groups = {row: text for row, text in comments.items() if lines[row - 1].lstrip().startswith("#")}
@@ -77,7 +77,8 @@ def dataclass_flags(settings):
             name, rows = node.target.id, range(node.lineno, node.end_lineno + 1)
             text = next((comments[row] for row in rows if row in comments), "")
             group = next((groups[row] for row in sorted(groups, reverse=True) if row < node.lineno), "")
-            flags.append(Flag(flag_name(name), text, getattr(settings, name), choices_of(kinds[name]), group))
+            positional = POSITIONAL in getattr(kinds[name], "__metadata__", ())
+            flags.append(Flag(flag_name(name), text, getattr(settings, name), choices_of(kinds[name]), group, positional))
     return flags
 
 

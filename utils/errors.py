@@ -8,8 +8,7 @@ import signal
 import sys
 import threading
 
-import torch
-import torch.distributed as dist
+from utils.processes import group, rank
 
 
 class UserError(Exception):
@@ -74,6 +73,8 @@ def exit_terminated():
 
 def to_user_error(error, config):
     """A RuntimeError of torch -> a UserError that says what happened and what to do, or the same error if it is unknown."""
+    import torch  # only here: this import takes seconds, and most commands that fail do not need it
+
     reason = str(error)
     if isinstance(error, torch.OutOfMemoryError) or OUT_OF_MEMORY.search(reason):
         num_pairs = config.micro_batch_size or config.batch_size
@@ -94,6 +95,6 @@ def to_user_error(error, config):
 def lost_process(error):
     """A RuntimeError -> a UserError if another process has ended, or the same error."""
     reason = str(error)
-    if dist.is_initialized() and (isinstance(error, dist.DistError) or PEER_GONE.search(reason)):
-        return UserError(f"process {dist.get_rank()}: another process has ended; see its message for the reason")
+    if group() and (isinstance(error, group().DistError) or PEER_GONE.search(reason)):
+        return UserError(f"process {rank()}: another process has ended; see its message for the reason")
     return error

@@ -13,6 +13,8 @@ import tarfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from utils.errors import UserError
 
 REPLACE_TIMEOUT = 5  # seconds; on Windows a virus scanner or a spreadsheet may keep a file open
@@ -113,6 +115,28 @@ def atomic_dir(folder):
 def write_json(path, value):
     """Writes plain values as a JSON file, atomically."""
     atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def write_array(path, array):
+    """Writes a NumPy array as a .npy file, atomically."""
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # else NumPy adds an ending to the name
+            np.save(file, array)
+
+    atomic_write(path, write)
+
+
+def read_text(path, flag="--data-dir"):
+    """A UTF-8 text file. flag: the one for its path, for the error. Raises UserError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (FileNotFoundError, IsADirectoryError):
+        raise UserError(f"{path}: no such file; check {flag}") from None
+    except PermissionError:
+        raise UserError(f"{path}: no permission to read it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
 
 
 # ---- files within tar files ----------------------------------------------------------------------------------------

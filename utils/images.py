@@ -4,12 +4,6 @@ An image is an RGB uint8 array, (height, width, 3), whose shorter side is the im
 later, in `modules.ImageEncoder`, on the encoder's device.
 """
 
-import io
-import os
-
-MAX_PIXELS = 200_000_000  # larger images are not decoded, to limit memory
-os.environ["OPENCV_IO_MAX_IMAGE_PIXELS"] = str(MAX_PIXELS)  # read when OpenCV is imported
-
 import shutil
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -18,16 +12,14 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from utils.cache import cache_key, file_stats, require_space
 from utils.errors import UserError
 from utils.files import read_bytes, replace, temporary_path
+from utils.formats import decode
 
-HEIC_ENDINGS = {".heic", ".heif"}
-PICTURE_ENDINGS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"} | HEIC_ENDINGS
 MAX_ASPECT_RATIO = 3  # of the longer to the shorter side; more is cut off evenly at both ends
 # How images are preprocessed for evaluation; part of cache keys.
 VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, OpenCV {cv2.__version__}"
@@ -37,7 +29,6 @@ NUM_SHOWN = 3  # bad images listed in an error
 NUM_MEASURED = 50  # pictures whose decoded size stands for that of all
 
 cv2.setNumThreads(0)  # its threads would compete with torch's for the cores; we use one thread per image instead
-cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # we report broken files ourselves
 
 
 def resize_image(image, size, resize=AREA):
@@ -84,39 +75,12 @@ def read_image(path, size, resize=AREA):
 
     Raises ValueError or OSError where it cannot be decoded.
     """
-    if Path(path).suffix.lower() in HEIC_ENDINGS:
-        return resize_image(read_heic(path), size, resize)
-    return decode_image(read_bytes(path), size, resize)  # not cv2.imread, which fails for non-ASCII names on Windows
+    return decode_image(read_bytes(path), size, resize, Path(path).suffix)  # not cv2.imread: it fails for some names on Windows
 
 
-def decode_image(contents, size, resize=AREA):
-    """As `read_image`, from the bytes of an image file that is no HEIC. Raises ValueError where it cannot be decoded."""
-    try:
-        image = cv2.imdecode(np.frombuffer(contents, dtype=np.uint8), cv2.IMREAD_COLOR_RGB) if contents else None
-    except cv2.error as error:
-        too_large = "CV_IO_MAX_IMAGE" in str(error)
-        raise ValueError(f"has more than {MAX_PIXELS:,} pixels" if too_large else "cannot be decoded by OpenCV") from None
-    if image is None:
-        raise ValueError("empty, truncated or not a picture")
-    return resize_image(image, size, resize)
-
-
-def read_heic(path):
-    """Reads a HEIC image, as phones write them: (h, w, 3) uint8, EXIF rotation applied.
-
-    Raises ValueError or OSError where it cannot be decoded.
-    """
-    try:
-        import pillow_heif  # only here: it is optional
-    except ImportError:
-        raise ValueError("HEIC pictures need pillow-heif: pip install pillow-heif") from None
-    pillow_heif.register_heif_opener()
-    try:
-        contents = io.BytesIO(read_bytes(path))
-        with Image.open(contents, formats=["HEIF"]) as picture:  # only this decoder: the file could be of any format
-            return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    except (Image.DecompressionBombError, SyntaxError) as error:
-        raise ValueError(str(error)) from None
+def decode_image(contents, size, resize=AREA, ending=""):
+    """As `read_image`, from the bytes of an image file, whose name has this ending."""
+    return resize_image(decode(contents, ending), size, resize)
 
 
 def read_images(paths, size, num_workers=0, resize=AREA):
@@ -230,4 +194,6 @@ def write_decoded(folder, paths, size, num_workers, skip_bad, resize):
 
 def as_batch(images):
     """n images, (size, size, 3) uint8 -> (n, 3, size, size) uint8, channels last in memory: fastest for convolutions."""
+    import torch  # only here: this import takes seconds, and a search that embeds no picture does without
+
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)

@@ -107,6 +107,27 @@ def draw_confusion(names, counts, path):
     save(figure, path)
 
 
+def draw_relevance(relevance, bins, wrong_share, path):
+    """What a relevance floor keeps, and a reliability diagram.
+
+    relevance: a `search.relevance.Relevance`. bins: [mean probability, share of right pairs, pairs]. wrong_share: of the floor.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    left.plot(100 * np.array(relevance.shares), 100 * np.array(relevance.kept), color=DARK)
+    left.axvline(100 * wrong_share, color=GREEN, linestyle=":", label="default")
+    left.set(xscale="log", xlabel="wrong pictures above the floor (%)", ylabel="right pictures above it (%)", ylim=(0, 101))
+    left.legend(frameon=False)
+    right.plot([0, 1], [0, 1], "--", color=GREY, label="perfect")
+    if bins:
+        probabilities, found, counts = np.array(bins).T
+        right.scatter(probabilities, found, s=20 + 200 * counts / counts.max(), color=DARK, label="pictures not learned from")
+    right.set(xlabel="match probability", ylabel="share that was right", xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
+    right.legend(frameon=False, loc="upper left")
+    for axes in (left, right):
+        axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
 def draw_row(axes, pictures, titles, correct=None, fontsize=8):
     """Pictures side by side, each under its title; the correct one, at position `correct`, is framed."""
     for i, axis in enumerate(axes):

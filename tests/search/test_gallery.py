@@ -14,25 +14,26 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.distributed as dist
 from PIL import Image
 
 import clip
 from Datasets import shapes
-from search import gallery, index, store
-from search.gallery import find_pictures, open_gallery
+from search import gallery, index, store, update
+from search.files import find_pictures
+from search.gallery import Filters, open_gallery
+from search.searcher import Searcher
 from search.store import Store
 from training import distributed
 from utils.errors import UserError
 from utils.images import read_image
 
-CPU = torch.device("cpu")
 
-
-@pytest.fixture(scope="module")
-def model(run):
-    return clip.load(run, "cpu")[0]
+@pytest.fixture
+def searcher(run, tmp_path):
+    return Searcher(run, "cpu", "fp32", tmp_path / "cache")
 
 
 @pytest.fixture
@@ -46,10 +47,9 @@ def folder(sample, tmp_path):
 
 
 @pytest.fixture
-def opened(model, folder, tmp_path):
+def opened(searcher, folder):
     def open_now(**options):
-        files = find_pictures(folder)
-        return open_gallery(options.pop("model", model), files, folder, tmp_path / "cache", CPU, torch.float32, **options)
+        return open_gallery(options.pop("searcher", searcher), find_pictures(folder), folder, **options)
 
     return open_now
 
@@ -62,18 +62,18 @@ def embeddings(found):
 @pytest.fixture
 def counted(monkeypatch):
     """The names of the files that are embedded."""
-    names, original = [], gallery.file_embeddings
+    names, original = [], update.embedded
 
-    def counting(model, paths, *others):
-        names.extend(os.path.basename(path) for path in paths)
-        return original(model, paths, *others)
+    def counting(searcher, entries, *others):
+        names.extend(os.path.basename(path) for path, *_ in entries)
+        return original(searcher, entries, *others)
 
-    monkeypatch.setattr(gallery, "file_embeddings", counting)
+    monkeypatch.setattr(update, "embedded", counting)
     return names
 
 
-def test_embeddings_are_those_of_the_model(model, run, opened):
-    _, preprocess = clip.load(run, "cpu")
+def test_embeddings_are_those_of_the_model(run, opened):
+    model, preprocess = clip.load(run, "cpu")
     found = opened()
     assert len(found.paths) == 6 and found.compressed is None
     with torch.no_grad():
@@ -97,6 +97,53 @@ def test_only_what_is_new_or_changed_is_embedded_and_what_is_gone_is_dropped(ope
     assert [os.path.basename(path) for path in found.paths] == [names[0], *names[2:], "new.png"]
     torch.testing.assert_close(embeddings(found)[0], embeddings(found)[-1])
     torch.testing.assert_close(embeddings(found)[1:-1], embeddings(first)[2:])
+
+
+def test_a_renamed_moved_or_copied_file_is_recognised_and_not_embedded_again(opened, folder, counted, capsys):
+    first = opened()
+    a, b, c = sorted((folder / "deeper").iterdir())[:3]
+    a.rename(folder / "renamed.png")
+    shutil.copy(b, folder / "copied.png")
+    c.touch()  # another time, the same bytes
+    counted.clear()
+    found = opened()
+    assert counted == [] and "recognised 3 pictures by their content" in capsys.readouterr().out
+    assert len(found.paths) == 7 and str(a) not in found.paths
+    place = {path: row for path, row in zip(found.paths, embeddings(found))}
+    for path, before in ((folder / "renamed.png", a), (folder / "copied.png", b), (c, c)):
+        assert torch.equal(place[str(path)], embeddings(first)[first.paths.index(str(before))])
+    (folder / "other.png").write_bytes(b"\0" * (folder / "renamed.png").stat().st_size)  # as many bytes, but others
+    assert len(opened().paths) == 7 and counted == ["other.png"]
+
+
+def test_pictures_are_selected_by_date_and_folder(opened, folder):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2021:06:30 23:59:59"
+    names = sorted(path.name for path in (folder / "deeper").iterdir())
+    Image.open(folder / "deeper" / names[0]).convert("RGB").save(folder / "deeper" / "dated.jpg", exif=exif)
+    (folder / "It[a]ly").mkdir()
+    (folder / "deeper" / names[1]).rename(folder / "It[a]ly" / names[1])
+    for name, year in ((f"deeper/{names[0]}", 2019), (f"It[a]ly/{names[1]}", 2021)):
+        moment = time.mktime((year, 1, 1, 0, 0, 0, 0, 0, -1))
+        os.utime(folder / name, (moment, moment))
+    found = opened()
+
+    def selected(**wanted):
+        gallery = found.select(Filters(**wanted))
+        scores, positions = gallery.top_k(gallery.embedding_of(0), 1)
+        assert positions.tolist() == [0] and scores[0] == pytest.approx(1, abs=1e-3)
+        return [os.path.basename(path) for path in gallery.paths]
+
+    assert selected(before="2021") == [names[0]]
+    assert selected(after="2021", before="2021-06") == [names[1]]
+    assert selected(after="2021-06-30", before="2021-07-01") == ["dated.jpg"]
+    assert len(selected(after="2022-01")) == 4 and len(selected()) == 7
+    assert selected(folder="It[[]a]ly/*") == [names[1]] and len(selected(folder="deeper/*")) == 6
+    for wrong in ("2021-13", "June", "2021-06-31"):
+        with pytest.raises(UserError, match=f"--after {wrong}: no date"):
+            found.select(Filters(after=wrong))
+    with pytest.raises(UserError, match="none of the 7 pictures"):
+        found.select(Filters(before="1990"))
 
 
 def test_files_that_are_no_pictures_are_left_out_and_counted_once_tried(opened, folder, counted, capsys):
@@ -133,13 +180,14 @@ def test_pictures_are_turned_upright(tmp_path, kind):
     assert image[5, 5].min() > 200 and image[35, 5].max() < 50 and image[5, 55].max() < 50
 
 
-def test_another_model_has_its_own_embeddings(model, opened, run, capsys):
+def test_another_model_has_its_own_embeddings(opened, run, tmp_path, capsys):
     first = opened()
-    other = clip.load(run, "cpu")[0]
-    with torch.no_grad():
-        other.image_projection.projection.weight.neg_()
+    other = Searcher(shutil.copytree(run, tmp_path / "other"), "cpu", "fp32", tmp_path / "cache")
+    weights = safetensors.torch.load_file(tmp_path / "other" / "model.safetensors")
+    weights["image_projection.projection.weight"].neg_()
+    safetensors.torch.save_file(weights, tmp_path / "other" / "model.safetensors")
     capsys.readouterr()
-    torch.testing.assert_close(embeddings(opened(model=other)), -embeddings(first))
+    torch.testing.assert_close(embeddings(opened(searcher=other)), -embeddings(first))
     assert "6 of 6 pictures: new, changed, or not yet embedded with this model" in capsys.readouterr().out
     assert torch.equal(embeddings(opened()), embeddings(first))
 
@@ -163,8 +211,8 @@ def test_after_a_damaged_file_a_large_gallery_still_finds_each_picture_by_itself
         found = opened()
         assert len(found.paths) == 268 and found.compressed is not None
         for position, embedding in enumerate(embeddings(found)):
-            scores, best = index.top_k(found, embedding, 1)
-            assert best.tolist() == [position] and scores.item() == pytest.approx(1, abs=1e-3)
+            scores, best = index.top_k(found, embedding.numpy(), 1)
+            assert best.tolist() == [position] and scores[0] == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "another"])
@@ -231,21 +279,22 @@ def embedding_of(path):
     return torch.from_numpy(np.random.default_rng(seed).random(256, dtype=np.float32).astype(np.float16).astype(np.float32))
 
 
-def test_a_command_killed_at_any_moment_leaves_a_gallery_that_is_right(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "WRITE_EVERY", 7)
+def test_a_command_killed_at_any_moment_leaves_a_gallery_that_is_right(searcher, tmp_path, monkeypatch):
+    monkeypatch.setattr(update, "WRITE_EVERY", 7)
     rng = random.Random(0)
     folder = tmp_path / "pictures"
     folder.mkdir()
 
-    def slow_embeddings(model, paths, *others):
-        for position, path in enumerate(paths):
+    def slow_embeddings(searcher, entries, *others):
+        for path, size, changed in entries:
             time.sleep(0.0005)
-            yield position, embedding_of(path)
+            yield path, size, changed, update.digest(Path(path).read_bytes()), None, embedding_of(path).numpy()
 
-    monkeypatch.setattr(gallery, "file_embeddings", slow_embeddings)
+    monkeypatch.setattr(update, "embedded", slow_embeddings)
+    assert searcher.keys  # known before the children start
 
     def open_now():
-        return open_gallery(model, find_pictures(folder), folder, tmp_path / "cache", CPU, torch.float32)
+        return open_gallery(searcher, find_pictures(folder), folder)
 
     died = 0
     for moment in range(20):
@@ -280,23 +329,23 @@ def embed_as_one_of(rank, size, meeting, run, folder, cache, die_after):
     """A process of `torchrun inference.py --embed-only`, which is killed after so many pictures."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
-    gallery.WRITE_EVERY = 5
-    embedded, original = [], gallery.file_embeddings
+    update.WRITE_EVERY = 5
+    embedded, original = [], update.embedded
 
-    def counting(model, paths, *others):
-        for position, embedding in original(model, paths, *others):
-            embedded.append(paths[position])
+    def counting(searcher, entries, *others):
+        for picture in original(searcher, entries, *others):
+            embedded.append(picture[0])
             if len(embedded) == die_after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            yield position, embedding
+            yield picture
         Path(f"{meeting}-{rank}.txt").write_text("\n".join(embedded))
 
-    gallery.file_embeddings = counting
-    open_gallery(clip.load(run, "cpu")[0], find_pictures(folder), folder, cache, CPU, torch.float32)
+    update.embedded = counting
+    open_gallery(Searcher(run, "cpu", "fp32", cache), find_pictures(folder), folder)
     distributed.destroy_distributed()
 
 
-def test_several_processes_embed_a_share_each_and_what_a_killed_one_wrote_stays(forked, model, run, sample, tmp_path, counted):
+def test_several_processes_embed_a_share_each_and_what_a_killed_one_wrote_stays(forked, run, sample, tmp_path, counted):
     folder = sample / "Images"  # 144 pictures
     cache = tmp_path / "cache"
 
@@ -317,13 +366,13 @@ def test_several_processes_embed_a_share_each_and_what_a_killed_one_wrote_stays(
     codes, embedded = embed(3, "again")
     assert codes == [0, 0, 0] and len(embedded) == len(set(embedded)) == 144 - written
     assert not list(cache.glob("*.parts"))
-    found = open_gallery(model, find_pictures(folder), folder, cache, CPU, torch.float32)
+    found = open_gallery(Searcher(run, "cpu", "fp32", cache), find_pictures(folder), folder)
     assert counted == [] and len(found.paths) == 144
-    alone = open_gallery(model, find_pictures(folder), folder, tmp_path / "alone", CPU, torch.float32)
+    alone = open_gallery(Searcher(run, "cpu", "fp32", tmp_path / "alone"), find_pictures(folder), folder)
     torch.testing.assert_close(embeddings(found), embeddings(alone), atol=5e-4, rtol=1e-3)  # a last bit of float16
 
 
-def test_pictures_in_tar_files_are_those_of_the_folder(model, sample, tmp_path, opened, capsys):
+def test_pictures_in_tar_files_are_those_of_the_folder(searcher, sample, tmp_path, opened, capsys):
     names = sorted((sample / "Images").iterdir())[:6]
     with tarfile.open(tmp_path / "a-0.tar", "w") as archive:
         for path in names:
@@ -331,7 +380,7 @@ def test_pictures_in_tar_files_are_those_of_the_folder(model, sample, tmp_path, 
     shutil.copy(tmp_path / "a-0.tar", tmp_path / "a-1.tar")
     (tmp_path / "a-1.tar").write_bytes((tmp_path / "a-1.tar").read_bytes()[:9000])
     pattern = f"{tmp_path}/a-*.tar"
-    found = open_gallery(model, find_pictures(pattern), None, tmp_path / "cache", CPU, torch.float32)
+    found = open_gallery(searcher, find_pictures(pattern), "")
     assert "a-1.tar: damaged" in capsys.readouterr().out
     assert found.paths == [f"{tmp_path}/a-0.tar/deeper/{path.name}" for path in names]
     assert torch.equal(embeddings(found), embeddings(opened()))
@@ -340,13 +389,13 @@ def test_pictures_in_tar_files_are_those_of_the_folder(model, sample, tmp_path, 
         list(find_pictures(f"{tmp_path}/b-{{0..1}}.tar"))
 
 
-def test_a_folder_that_is_searched_does_not_forget_the_tar_files_in_it(model, sample, folder, opened, tmp_path, counted):
+def test_a_folder_that_is_searched_does_not_forget_the_tar_files_in_it(searcher, sample, folder, opened, counted):
     with tarfile.open(folder / "a.tar", "w") as archive:
         for path in sorted((sample / "Images").iterdir())[10:13]:
             archive.add(path, path.name)
     pattern = f"{folder}/*.tar"
     for _ in range(2):
-        assert len(open_gallery(model, find_pictures(pattern), None, tmp_path / "cache", CPU, torch.float32).paths) == 3
+        assert len(open_gallery(searcher, find_pictures(pattern), "").paths) == 3
         assert len(opened().paths) == 6
     assert len(counted) == 9
 
@@ -356,7 +405,7 @@ def test_a_folder_that_is_searched_does_not_forget_the_tar_files_in_it(model, sa
 
 def draw(count, seed, width=32):
     generator = torch.Generator().manual_seed(seed)
-    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1)
+    return torch.nn.functional.normalize(torch.randn(count, width, generator=generator), dim=1).numpy()
 
 
 @pytest.fixture
@@ -367,18 +416,18 @@ def small_index(monkeypatch):
 
 
 def test_exact_search_reads_blocks():
-    vectors = draw(500, 0).numpy().astype(np.float16)
+    vectors = draw(500, 0).astype(np.float16)
     for rows in (np.arange(500), np.arange(100, 400), np.random.default_rng(0).permutation(500)[:333], np.array([7])):
         for query in draw(5, 1):
             scores, positions = index.exact_top_k(vectors, rows, query, 10, at_once=64)
-            expected = vectors[rows].astype(np.float32) @ query.numpy()
+            expected = vectors[rows].astype(np.float32) @ query
             best = np.argsort(-expected)[:10]
             assert positions.tolist() == best.tolist()
             np.testing.assert_allclose(scores, expected[best], rtol=1e-5)
 
 
 def test_an_index_takes_in_new_pictures_and_never_answers_with_those_that_are_gone(tmp_path, capsys, small_index):
-    vectors, path = draw(900, 0).numpy().astype(np.float16), tmp_path / "gallery.faiss"
+    vectors, path = draw(900, 0).astype(np.float16), tmp_path / "gallery.faiss"
 
     def answers(count, rows):
         compressed = index.CompressedIndex(index.open_index(path, vectors[:count]), vectors[:count], rows)
@@ -387,7 +436,7 @@ def test_an_index_takes_in_new_pictures_and_never_answers_with_those_that_are_go
             scores, positions = compressed.top_k(query, 10)
             expected, wanted = index.exact_top_k(vectors, rows, query, 10)
             assert (rows[positions] < count).all() and set(rows[positions]) <= set(rows)
-            np.testing.assert_allclose(scores, vectors[rows[positions]].astype(np.float32) @ query.numpy(), rtol=1e-5)
+            np.testing.assert_allclose(scores, vectors[rows[positions]].astype(np.float32) @ query, rtol=1e-5)
             hits += len(set(positions.tolist()) & set(wanted.tolist()))
         assert hits >= 0.95 * 200
         return capsys.readouterr().out
@@ -410,7 +459,7 @@ def test_a_full_disk_is_named_and_leaves_no_index_and_no_vectors(tmp_path, monke
 
     monkeypatch.setattr(faiss, "write_index", full)
     with pytest.raises(UserError, match="gallery.faiss: cannot be written .*No space left on device"):
-        index.open_index(tmp_path / "gallery.faiss", draw(300, 0).numpy().astype(np.float16))
+        index.open_index(tmp_path / "gallery.faiss", draw(300, 0).astype(np.float16))
     assert not list(tmp_path.glob("gallery*"))
 
     def no_space(*_):
@@ -427,12 +476,12 @@ def test_a_full_disk_is_named_and_leaves_no_index_and_no_vectors(tmp_path, monke
 def test_rows_without_a_picture_are_removed_when_they_are_many(tmp_path):
     kept = Store(tmp_path / "a.sqlite", 4)
     vectors = np.random.default_rng(0).random((40, 4)).astype(np.float16)
-    kept.add([(f"{i:02d}", 1, 1, vectors[i]) for i in range(40)])
-    kept.add([(f"{i:02d}", 2, 2, vectors[i] + 1) for i in range(5)])  # five have changed
+    kept.add([(f"{i:02d}", 1, 1, b"", None, vectors[i]) for i in range(40)])
+    kept.add([(f"{i:02d}", 2, 2, b"", None, vectors[i] + 1) for i in range(5)])  # five have changed
     kept.compact()
     assert kept.num_rows() == 45
     opened_before = kept.generation()
-    kept.list_files([(f"{i:02d}", 2, 2) for i in range(0, 40, 2)], None)
+    kept.list_files([(f"{i:02d}", 2, 2) for i in range(0, 40, 2)])
     kept.database.execute("DELETE FROM pictures WHERE path NOT IN (SELECT path FROM listed)")
     vectors_before = kept.companion(".vectors")
     other = Store(tmp_path / "a.sqlite", 4)
@@ -441,7 +490,7 @@ def test_rows_without_a_picture_are_removed_when_they_are_many(tmp_path):
     (tmp_path / "a-00000000.vectors").write_bytes(b"left by a process that was killed")
     assert not vectors_before.exists()
     kept.database.execute("DELETE FROM listed")
-    kept.list_files([(f"{i:02d}", 2, 2) for i in range(0, 40, 2)], None)
+    kept.list_files([(f"{i:02d}", 2, 2) for i in range(0, 40, 2)])
     rows, paths = zip(*kept.pictures())
     assert kept.num_rows() == 20 and list(paths) == [f"{i:02d}" for i in range(0, 40, 2)]
     expected = [vectors[i] + (i < 5) for i in range(0, 40, 2)]
@@ -455,10 +504,10 @@ def test_rows_without_a_picture_are_removed_when_they_are_many(tmp_path):
 def test_a_second_command_that_waits_while_one_compacts_copies_nothing_wrong(tmp_path, monkeypatch):
     first, second = Store(tmp_path / "a.sqlite", 4), Store(tmp_path / "a.sqlite", 4)
     vectors = np.random.default_rng(0).random((40, 4)).astype(np.float16)
-    first.add([(f"{i:02d}", 1, 1, vectors[i]) for i in range(40)])
+    first.add([(f"{i:02d}", 1, 1, b"", None, vectors[i]) for i in range(40)])
     first.database.execute("DELETE FROM pictures WHERE path < '20'")
     monkeypatch.setattr(second, "drop_damaged", first.compact)  # between the second one's first look and its transaction
     second.compact()
-    second.list_files([(f"{i:02d}", 1, 1) for i in range(40)], None)
+    second.list_files([(f"{i:02d}", 1, 1) for i in range(40)])
     rows, paths = zip(*second.pictures())
     np.testing.assert_array_equal(second.vectors()[list(rows)], vectors[[int(path) for path in paths]])

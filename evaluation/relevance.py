@@ -1,0 +1,147 @@
+"""Learn a run's relevance floor and match probabilities from captioned pictures: python evaluate.py calibrate --run RUN."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import tyro
+
+from search.relevance import WRONG_SHARE, Relevance, relevance_folder
+from utils.errors import UserError
+from utils.files import write_json
+
+MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
+MIN_IMAGES = 20
+SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
+MAX_KNOTS = 200  # of the probabilities' curve
+NUM_BINS = 10  # of the reliability diagram and the calibration error
+
+
+def fit_relevance(I_e, T_e, image_of_text):
+    """The `Relevance` of n images and m captions, (n, d_e) and (m, d_e), L2-normalised.
+
+    image_of_text: (m,) the index of each caption's image. The images become the references; a caption's own one is left out of
+    its mean and standard deviation. A pair is right where the caption was written for the image.
+    """
+    from sklearn.isotonic import IsotonicRegression  # only here: this import takes a second
+
+    right = image_of_text[:, None] == np.arange(len(I_e))  # (m, n)
+    others = np.ma.masked_array(T_e @ I_e.T, right)
+    scores = ((others.data - others.mean(axis=1).data[:, None]) / others.std(axis=1).data[:, None]).astype(np.float32)
+    wrong, own = np.sort(scores[~right]), np.sort(scores[right])
+    shares = [share for share in SHARES if share * len(wrong) >= 1]
+    floors = np.quantile(wrong, 1 - np.array(shares))
+    kept = 1 - np.searchsorted(own, floors) / len(own)
+    # Rising probabilities that fit best (Zadrozny and Elkan 2002). Neighbouring pairs are first averaged, in equal parts.
+    order = np.argsort(scores, axis=None)
+    tops = np.flatnonzero(right.flat[order])  # where it rises; most wrong pairs lie far below
+    edges = np.unique(np.concatenate([[0], tops[:: max(1, len(tops) // MAX_KNOTS)], [len(order)]]))
+    counts = np.diff(edges)
+    means = np.add.reduceat(scores.flat[order].astype(np.float64), edges[:-1]) / counts
+    rates = np.add.reduceat(right.flat[order].astype(np.float64), edges[:-1]) / counts
+    fitted = IsotonicRegression(y_min=0, y_max=1).fit_transform(means, rates, sample_weight=counts)
+    curve = [[round(float(value), 6) for value in values] for values in (floors, kept, means, fitted)]
+    return Relevance(I_e, [float(share) for share in shares], *curve)
+
+
+def measure_relevance(relevance, I_e, T_e, image_of_text):
+    """How a `Relevance` does on pairs that it was not learned from; the arguments are those of `fit_relevance`.
+
+    Returns {"images", "captions", "floor", "false_alarms", "kept", "calibration_error", "bins"}: false_alarms and kept are the
+    percentages of wrong and of right pairs above the floor; calibration_error is the expected one (Guo et al. 2017), in points,
+    of the pairs above the floor; bins are [mean probability, share of right pairs, pairs].
+    """
+    right = image_of_text[:, None] == np.arange(len(I_e))
+    scores = np.stack([relevance.normalize(cosines, text) for cosines, text in zip(T_e @ I_e.T, T_e)])
+    shown = scores >= relevance.floor(WRONG_SHARE)
+    probabilities, correct = relevance.probability(scores[shown]), right[shown]
+    number = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
+    bins = [
+        [float(probabilities[number == i].mean()), float(correct[number == i].mean()), int((number == i).sum())]
+        for i in np.unique(number)
+    ]
+    error = sum(count * abs(expected - found) for expected, found, count in bins) / max(1, len(correct))
+    return {
+        "images": len(I_e),
+        "captions": len(T_e),
+        "floor": relevance.floor(WRONG_SHARE),
+        "false_alarms": 100 * float(shown[~right].mean()),
+        "kept": 100 * float(shown[right].mean()),
+        "calibration_error": 100 * error,
+        "bins": bins,
+    }
+
+
+def write_relevance(folder, I_e, T_e, image_of_text, seed=0):
+    """Learns a `Relevance` and writes it into a folder with relevance.png. Arguments: as for `fit_relevance`.
+
+    Returns what `measure_relevance` finds on one half of the images after learning from the other half; what is written is
+    learned from both. Raises UserError where there are fewer than MIN_IMAGES images.
+    """
+    from utils.plots import draw_relevance
+
+    if len(I_e) < MIN_IMAGES:
+        raise UserError(f"{len(I_e)} images with captions: a relevance floor needs {MIN_IMAGES} or more")
+    order = np.random.default_rng(seed).permutation(len(I_e))[:MAX_IMAGES]
+
+    def part(images):
+        place = np.full(len(I_e), -1)
+        place[images] = np.arange(len(images))
+        rows = place[image_of_text] >= 0
+        return I_e[images], T_e[rows], place[image_of_text[rows]]
+
+    half = len(order) // 2
+    unseen = measure_relevance(fit_relevance(*part(order[:half])), *part(order[half:]))
+    relevance = fit_relevance(*part(order))
+    relevance.save(folder)
+    draw_relevance(relevance, unseen["bins"], WRONG_SHARE, Path(folder) / "relevance.png")
+    return unseen
+
+
+def relevance_line(unseen):
+    """A message with what `write_relevance` measured."""
+    return (
+        f"relevance floor {unseen['floor']:.2f}: on {unseen['images']:,} images that it was not learned from, "
+        f"{unseen['false_alarms']:.2f}% of the wrong pictures and {unseen['kept']:.1f}% of the right ones are above it; "
+        f"calibration error {unseen['calibration_error']:.1f} points"
+    )
+
+
+def calibrate(
+    run: str,
+    data_dir: str = "",
+    image_path: str = "",
+    captions_path: str = "",
+    split: Literal["train", "val", "test", "all"] = "val",
+    skip_bad: bool = False,
+    cache_dir: str = ".cache",
+    num_workers: int = 4,
+    device: str = "auto",
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
+    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
+):
+    """Learns what a run's scores mean, for searches to come: from which score on a picture matches, and how probably.
+
+    Args:
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
+        data_dir: folder with Images/ and a captions file; empty: the data that the run was trained on
+        image_path: folder of the images, if it is not in data_dir
+        captions_path: captions file, if it is not in data_dir
+        split: which images to learn from; all: every image of the data set
+        skip_bad: leave out unusable rows and pictures instead of stopping
+        cache_dir: folder where it is kept for a model that has no run folder
+        num_workers: threads that decode pictures
+        device: auto, cpu, cuda, cuda:1, mps
+        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
+        json_path: file for what was measured
+    """
+    from embedding import open_model
+    from evaluation.splits import embed_pairs, select_rows
+
+    rows = select_rows(run, (data_dir, image_path, captions_path), split, skip_bad)
+    I_e, T_e, image_of_text, _, _ = embed_pairs(open_model(run, device, precision), rows, skip_bad, num_workers)
+    folder = relevance_folder(run, cache_dir)
+    unseen = write_relevance(folder, I_e, T_e, image_of_text)
+    print(f"{relevance_line(unseen)}\nwritten to {folder}")
+    if json_path:
+        write_json(json_path, unseen)

@@ -1,0 +1,68 @@
+"""Whether a picture matches a text at all: the relevance floor and match probability of a run.
+
+Cosines of different texts do not compare: some texts are near all pictures. So a text's cosines are first normalised with the
+mean and the standard deviation of its cosines with fixed reference pictures, which are kept with the run.
+`evaluation.relevance` learns the rest from validation pairs.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.cache import cache_key
+from utils.errors import UserError
+from utils.files import write_array, write_json
+
+FILES = "relevance.json", "references.npy"  # in a run folder
+WRONG_SHARE = 0.001  # of the wrong pictures, that get over the floor
+
+
+@dataclass
+class Relevance:
+    """What `find_matches` needs to say which pictures match, all learned from validation pairs."""
+
+    references: np.ndarray  # (K, d_e) embeddings of the reference pictures, L2-normalised
+    shares: list  # of the wrong pairs that are above a floor, falling
+    floors: list  # these floors, of normalised scores, rising
+    kept: list  # shares of the right pairs that are above these floors
+    scores: list  # normalised scores, rising, and
+    probabilities: list  # the share of pairs with such a score that were right
+
+    def normalize(self, cosines, embedding):
+        """Cosines of a text, whose embedding is (d_e,), with pictures -> standard deviations above its mean cosine."""
+        with_references = self.references.astype(np.float32) @ embedding
+        return (np.asarray(cosines) - with_references.mean()) / max(with_references.std(), 1e-6)
+
+    def floor(self, wrong_share):
+        """The normalised score that this share of wrong pictures exceeds; 0: no floor."""
+        if wrong_share == 0:
+            return -np.inf
+        return float(np.interp(-np.log(wrong_share), -np.log(self.shares), self.floors))
+
+    def probability(self, scores):
+        """Match probabilities of normalised scores."""
+        return np.interp(scores, self.scores, self.probabilities)
+
+    def save(self, folder):
+        """Writes it into a folder."""
+        write_array(Path(folder) / FILES[1], self.references.astype(np.float16))
+        write_json(Path(folder) / FILES[0], {name: value for name, value in asdict(self).items() if name != "references"})
+
+
+def relevance_folder(run, cache_dir):
+    """Where the `Relevance` of a run is kept: in its folder or, for a model that has none, in the cache."""
+    return Path(run) if Path(run).is_dir() else Path(cache_dir) / f"relevance-{cache_key(str(run))}"
+
+
+def load_relevance(folder):
+    """The `Relevance` in a folder; None if there is none. Raises UserError where it is damaged."""
+    path = Path(folder) / FILES[0]
+    if not path.exists():
+        return None
+    try:
+        return Relevance(**json.loads(path.read_text(encoding="utf-8")) | {"references": np.load(Path(folder) / FILES[1])})
+    except (OSError, ValueError, TypeError, EOFError) as error:
+        message = f"{path}: damaged or of another version ({error}); write it again with python evaluate.py calibrate"
+        raise UserError(message) from None

@@ -1,0 +1,54 @@
+"""The pictures and captions that a run was trained with, to search among."""
+
+import os
+
+import numpy as np
+
+from captions import load_captions
+from config import is_model_name, is_stream, load_run
+from utils.errors import UserError
+from utils.files import write_array
+
+
+def read_data(run):
+    """(table, image_dir) of the data set that a run was trained on. Raises UserError if it is no longer there."""
+    if is_model_name(run):
+        raise UserError(f"--run {run}: has no pictures and captions of its own; name a folder of pictures with --images")
+    config = load_run(run)["config"]
+    if is_stream(config.data_dir):
+        from training.stream import validation_table  # only here: this import takes seconds
+
+        table, image_dir, _ = validation_table(config)
+    else:
+        table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
+    return table, image_dir
+
+
+def validation_files(run):
+    """(path, bytes, modification time in ns) of the run's validation pictures."""
+    table, image_dir = read_data(run)
+    paths = [os.path.abspath(image_dir / name) for name in table["image"][table["split"] == "val"].unique()]
+    return [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
+
+
+def embed_captions(searcher):
+    """The distinct captions of a run's data set: (captions, embeddings), m strings and (m, d_e), L2-normalised.
+
+    searcher: a `search.searcher.Searcher`. The embeddings are cached on disk. If the data set is no longer there, m is 0 and a
+    message is printed.
+    """
+    try:
+        captions = list(read_data(searcher.run)[0]["caption"].unique())
+    except UserError as error:
+        print(f"no captions for pictures: {error}")
+        captions = []
+    path = searcher.captions_path(captions)
+    try:
+        embeddings = np.load(path, mmap_mode="r")
+        if embeddings.shape == (len(captions), searcher.width):
+            return captions, embeddings
+    except (OSError, ValueError, EOFError):  # not yet computed, or damaged
+        pass
+    write_array(path, searcher.embed_captions(captions))
+    searcher.note_use(path)
+    return captions, np.load(path, mmap_mode="r")

@@ -1,0 +1,144 @@
+"""A run, to search with. torch and the encoders take seconds to load, so they are loaded only when they are needed.
+
+A text query needs the text encoder only, which is kept in the cache (`search.text_session`), and the name of the gallery. Which
+these are is kept in a small file that belongs to the run's files as they are now.
+"""
+
+import json
+from functools import cached_property
+from pathlib import Path
+
+from config import is_model_name
+from search.relevance import load_relevance, relevance_folder
+from search.store import FORMAT
+from utils.cache import cache_key, file_stats, model_key, note_use
+from utils.errors import UserError
+from utils.files import write_json
+from utils.images import VIEW
+
+RUN_FILES = "config.json", "model.safetensors", "tokenizer.json"
+
+
+class Searcher:
+    """Embeds the texts and pictures of a search. run, device, precision: as on the command line; cache_dir: of embeddings.
+
+    Attributes: opened, (model, device, dtype), which is loaded when it is first used; keys, {"gallery", "text", "width"}: the
+    cache keys of the image encoder and the text encoder, and the width d_e.
+    Raises UserError where there is no such run, in the attributes and methods, too.
+    """
+
+    def __init__(self, run, device="auto", precision="auto", cache_dir=".cache"):
+        self.run, self.device, self.precision, self.cache_dir = str(run), str(device), precision, Path(cache_dir)
+        self.is_folder = not is_model_name(self.run) and Path(self.run).is_dir()
+
+    @cached_property
+    def opened(self):
+        from embedding import open_model  # only here: this import takes seconds
+
+        return open_model(self.run, self.device, self.precision)
+
+    @property
+    def is_loaded(self):
+        return "opened" in self.__dict__
+
+    @property
+    def model(self):
+        return self.opened[0]
+
+    @cached_property
+    def keys(self):
+        if not self.is_loaded and self.is_folder:
+            try:
+                return json.loads(self.keys_path().read_text(encoding="utf-8"))
+            except (OSError, ValueError):  # the first search, or another version's file
+                pass
+        model, _, dtype = self.opened
+        keys = {
+            "gallery": cache_key(model_key(model.image_encoder), model_key(model.image_projection), VIEW, dtype, FORMAT),
+            "text": cache_key(model_key(model.text_encoder), model_key(model.text_projection)),
+            "width": model.image_projection.out_features,
+        }
+        if self.is_folder:
+            write_json(self.keys_path(), keys)
+            self.note_use(self.keys_path())
+        return keys
+
+    def keys_path(self):
+        stats = file_stats([Path(self.run) / name for name in RUN_FILES])
+        return self.cache_dir / f"run-{cache_key(stats, self.device, self.precision, VIEW, FORMAT)}.json"
+
+    @property
+    def width(self):
+        return self.keys["width"]
+
+    def gallery_path(self):
+        """The path of the `Store` with the embeddings of this run's image encoder."""
+        return self.cache_dir / f"gallery-{self.keys['gallery']}.sqlite"
+
+    def captions_path(self, captions):
+        """The path of the embeddings of some captions."""
+        return self.cache_dir / f"captions-{cache_key(self.keys['text'], captions)}.npy"
+
+    def session_path(self):
+        return self.cache_dir / f"text-{self.keys['text']}"
+
+    @cached_property
+    def session(self):
+        """The `TextSession` that was kept; None where there is none."""
+        if not self.session_path().is_dir():
+            return None
+        from search.text_session import TextSession  # only here: it is not needed where the model is loaded
+
+        try:
+            return TextSession(self.session_path())
+        except Exception as error:  # the library's own types; a damaged file, or one of another version
+            print(f"{self.session_path()}: cannot be read ({str(error).splitlines()[0][:100]}); the whole model is loaded")
+            return None
+
+    def embed_texts(self, texts):
+        """m texts -> (m, d_e) float32, L2-normalised."""
+        if not self.is_loaded and self.is_folder and self.session:
+            return self.session.embed(list(texts))
+        from embedding import embed_texts  # only here: this import takes seconds
+
+        return embed_texts(self.model, texts).numpy()
+
+    def embed_captions(self, captions):
+        """m captions -> (m, d_e) float32, L2-normalised; in the run's precision, as for training."""
+        from embedding import project_and_normalize, text_features, token_ids
+
+        model, device, dtype = self.opened
+        T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
+        return project_and_normalize(model.text_projection, T_f, device).numpy()
+
+    @cached_property
+    def relevance(self):
+        """The run's `Relevance`, or None."""
+        return load_relevance(relevance_folder(self.run, self.cache_dir))
+
+    def embed_file(self, path):
+        """The embedding of one picture file, (d_e,) float32, L2-normalised. Raises UserError where it cannot be read."""
+        if not Path(path).is_file():
+            raise UserError(f"{path}: no such file")
+        from embedding import file_embeddings
+
+        model, device, dtype = self.opened
+        [(_, embedding)] = file_embeddings(model, [path], device, dtype)
+        if embedding is None:
+            raise UserError(f"{path}: empty, truncated, too large or not a picture")
+        return embedding.numpy()
+
+    def keep_text_encoder(self):
+        """Writes the text encoder for later queries, where that pays: after a search that had to load the whole model."""
+        if not self.is_loaded or not self.is_folder or self.model.open_clip or self.session_path().exists():
+            return
+        from search.text_session import write_text_session
+
+        print("keeping the text encoder in the cache, so that the next query starts at once", flush=True)
+        write_text_session(self.model, self.run, self.session_path())
+        self.note_use(self.session_path())
+
+    def note_use(self, *paths):
+        if self.is_folder:
+            for path in paths:
+                note_use(self.run, path)
