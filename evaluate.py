@@ -1,6 +1,9 @@
-"""Score runs: python evaluate.py retrieval|match|zeroshot|sts|twins|compare --run RUN ...; leaks --data-dir DIR checks data."""
+"""Score runs: python evaluate.py retrieval|match|zeroshot|sts|twins|compare|calibrate --run RUN ...; leaks checks data.
 
-import re
+Each task is imported when it is called, as its libraries take seconds to load and the help does without them.
+"""
+
+import importlib
 import sys
 from typing import Annotated, Literal
 
@@ -8,18 +11,9 @@ import numpy as np
 import tyro
 
 from config import run_cli
-from embedding import open_model
-from evaluation.compare import compare
-from evaluation.leaks import leaks
-from evaluation.retrieval import match_choices, recall, recall_table
-from evaluation.splits import embed_rows, select_rows
-from evaluation.sts import sts
-from evaluation.twins import twins
-from evaluation.zeroshot import zeroshot
 from utils.errors import UserError, run_command
 from utils.files import write_json
 from utils.images import center_crop, read_image
-from utils.plots import draw_similarity
 
 NUM_PAIRS = 8  # images and captions in the figure that `match` draws
 DRAWN_PIXELS = 128  # height and width of each image in it
@@ -51,6 +45,10 @@ def retrieval(
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32
         json_path: file for the scores
     """
+    from embedding import open_model
+    from evaluation.retrieval import recall, recall_table
+    from evaluation.splits import embed_rows, select_rows
+
     data_paths = data_dir, image_path, captions_path
     rows = select_rows(run, data_paths, split, skip_bad)
     opened = open_model(run, device, precision)
@@ -95,6 +93,11 @@ def match(
         output: PNG file for the similarity matrix of some images and captions
         json_path: file for the scores
     """
+    from embedding import open_model
+    from evaluation.retrieval import match_choices
+    from evaluation.splits import embed_rows, select_rows
+    from utils.plots import draw_similarity
+
     if choices < 2:
         raise UserError(f"--choices {choices}: must be 2 or more")
     data_paths = data_dir, image_path, captions_path
@@ -117,16 +120,15 @@ def match(
         write_json(json_path, scores)
 
 
-TASKS = {"retrieval": retrieval, "match": match, "zeroshot": zeroshot, "sts": sts, "twins": twins, "compare": compare}
-TASKS |= {"leaks": leaks}
-EXAMPLES = {  # what to write behind python evaluate.py
-    "retrieval": "retrieval --run runs/shapes --split test",
-    "match": "match --run runs/shapes --choices 4",
-    "zeroshot": "zeroshot --run runs/best --images FOLDER",
-    "sts": "sts --run runs/best --file sts-test.csv",
-    "twins": "twins --run runs/shapes",
-    "compare": "compare --run runs/shapes runs/paper",
-    "leaks": "leaks --data-dir Datasets/shapes",
+TASKS = {  # where each is, what to write behind python evaluate.py, and what it does
+    "retrieval": ("evaluate", "retrieval --run runs/shapes --split test", "retrieval in both directions"),
+    "match": ("evaluate", "match --run runs/shapes --choices 4", "multiple choice among captions"),
+    "zeroshot": ("evaluation.zeroshot", "zeroshot --run runs/best --images FOLDER", "classes by their names"),
+    "sts": ("evaluation.sts", "sts --run runs/best --file sts-test.csv", "similarity of sentences, against human ratings"),
+    "twins": ("evaluation.twins", "twins --run runs/shapes", "pictures that differ in one word"),
+    "compare": ("evaluation.compare", "compare --run runs/shapes runs/paper", "models side by side"),
+    "calibrate": ("evaluation.relevance", "calibrate --run runs/shapes", "from which score on a picture matches"),
+    "leaks": ("evaluation.leaks", "leaks --data-dir Datasets/shapes", "pictures that are in two splits"),
 }
 
 
@@ -134,13 +136,16 @@ def main():
     task, arguments = (sys.argv[1:2] or ["--help"])[0], sys.argv[2:]
     if task in ("-h", "--help"):
         print("usage: python evaluate.py TASK [--flags]\n\nScores a run, or checks a data set. Tasks, each with an example:")
-        for name, function in TASKS.items():
-            print(f"  {EXAMPLES[name]:43}{re.split('[:?.,]', function.__doc__)[0]}")
+        for _, example, summary in TASKS.values():
+            print(f"  {example:43}{summary}")
         print("\nThe flags of a task: python evaluate.py TASK --help")
     elif task not in TASKS:
         raise UserError(f"task {task!r} is unknown; choose one of {', '.join(TASKS)}")
     else:
-        run_cli(TASKS[task], f"evaluate.py {task}", arguments, [f"python evaluate.py {EXAMPLES[task]}"])
+        module, example, _ = TASKS[task]
+        run_cli(
+            getattr(importlib.import_module(module), task), f"evaluate.py {task}", arguments, [f"python evaluate.py {example}"]
+        )
 
 
 if __name__ == "__main__":

@@ -20,8 +20,10 @@ from measure import report, spread
 from config import run_cli
 from Datasets import shapes
 from embedding import IMAGE_BATCH, open_model
-from search.gallery import find_pictures, open_gallery
+from search.files import find_pictures
+from search.gallery import open_gallery
 from search.queries import best_matches, embed_query, newest_run
+from search.searcher import Searcher
 from utils.device import autocast
 from utils.errors import run_command
 from utils.images import as_batch, center_crop, read_image
@@ -50,7 +52,8 @@ def measure(pictures: int = 20_000, side: int = 96, run: str = "", num_workers: 
         num_workers: threads that decode pictures
         json: file for the results
     """
-    model, device, dtype = open_model(run or newest_run(), "auto", "auto")
+    run = run or newest_run()
+    model, device, dtype = open_model(run, "auto", "auto")
     rng = random.Random(0)
     bare, indexed = [], []  # pictures per second, by round
     with tempfile.TemporaryDirectory() as folder:
@@ -67,17 +70,18 @@ def measure(pictures: int = 20_000, side: int = 96, run: str = "", num_workers: 
             files = list(find_pictures(folder / "pictures" / str(part)))
             bare.append(bare_rate(model, batch, -(-len(files) // len(batch)), device, dtype))
             started = time.perf_counter()
-            open_gallery(model, files, str(folder / "pictures" / str(part)), folder / "cache", device, dtype, num_workers)
+            searcher = Searcher(run, cache_dir=folder / "cache")
+            open_gallery(searcher, files, str(folder / "pictures" / str(part)), num_workers)
             indexed.append(len(files) / (time.perf_counter() - started))
         starts, queries = [], []  # seconds, milliseconds
         for _ in range(5):
             started = time.perf_counter()
             files = find_pictures(folder / "pictures")
-            gallery = open_gallery(model, files, str(folder / "pictures"), folder / "cache", device, dtype, num_workers)
+            gallery = open_gallery(searcher, files, str(folder / "pictures"), num_workers)
             starts.append(time.perf_counter() - started)
         for number in range(NUM_QUERIES):
             started = time.perf_counter()
-            best_matches(gallery, embed_query(model, [f"a photo of {number} red circles"]), gallery.paths, 9)
+            best_matches(gallery, embed_query(searcher, [f"a photo of {number} red circles"]), gallery.paths, 9)
             queries.append(1000 * (time.perf_counter() - started))
     share = 100 * statistics.median(a / b for a, b in zip(indexed, bare))
     rows = [

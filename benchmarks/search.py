@@ -19,10 +19,10 @@ from pathlib import Path
 from measure import peak_megabytes, report
 
 from config import run_cli
-from embedding import open_model
 from search import index
 from search.gallery import open_gallery, read_gallery
-from search.queries import embed_captions, read_data
+from search.run_data import embed_captions, read_data
+from search.searcher import Searcher
 from search.store import Store
 from utils.errors import UserError, run_command
 
@@ -70,7 +70,7 @@ def fill(store, drawing, first, count):
     """Adds drawn pictures to a store."""
     for start in range(first, first + count, DRAWN_AT_ONCE):
         vectors = drawing.draw(min(DRAWN_AT_ONCE, first + count - start)).numpy()
-        store.add([(*entry, vector) for entry, vector in zip(entries(start, len(vectors)), vectors)])
+        store.add([(*entry, bytes(16), None, vector) for entry, vector in zip(entries(start, len(vectors)), vectors)])
 
 
 def forget_files(folder):
@@ -86,11 +86,11 @@ def search_once(folder, width, count):
 
     torch.set_num_threads(1)
     faiss.omp_set_num_threads(1)
-    queries = torch.from_numpy(np.load(f"{folder}/queries.npy"))
+    queries = np.load(f"{folder}/queries.npy")
     before, started = peak_megabytes(), time.perf_counter()
     store = Store(Path(folder) / "gallery.sqlite", width)
-    store.list_files(entries(0, count), "/drawn")
-    gallery = read_gallery(store, exact=False)
+    store.list_files(entries(0, count))
+    gallery = read_gallery(store, "/drawn", exact=False)
     opened, milliseconds = time.perf_counter() - started, {"cold": [], "warm": [], "exact": []}
     forget_files(folder)
     found = {"warm": [], "exact": []}
@@ -121,20 +121,20 @@ def measure(run: str, pictures: int = 1_000_000, queries: int = 400, cache_dir: 
         cache_dir: folder where the real embeddings are kept
         json_path: file for the results
     """
-    model, device, dtype = open_model(run, "auto", "auto")
+    searcher = Searcher(run, cache_dir=cache_dir)
     table, image_dir = read_data(run)
     paths = [os.path.abspath(image_dir / name) for name in table["image"].unique()]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
-    own = open_gallery(model, files, None, cache_dir, device, dtype, 4, exact=True)
+    own = open_gallery(searcher, files, "", 4, exact=True)
     real = torch.from_numpy(own.vectors[own.rows].astype(np.float32))
-    captions = embed_captions(model, run, cache_dir, device, dtype)[1]
+    captions = embed_captions(searcher)[1]
     drawing, width = Drawing(real), real.shape[1]
     near = f"{closeness(real):.3f} among {len(real):,} real and {drawing.closeness(drawing.scale):.3f} among as many drawn"
     print(f"median cosine with the tenth neighbour: {near} (noise {drawing.scale})", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "gallery.sqlite", width)
         chosen = torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))[:queries]
-        np.save(f"{folder}/queries.npy", captions[chosen].numpy())
+        np.save(f"{folder}/queries.npy", captions[chosen.numpy()])
         fill(store, drawing, 0, pictures - GROWTH)
         started = time.perf_counter()
         index.open_index(store.companion(".faiss"), store.vectors())

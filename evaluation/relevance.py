@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from search.relevance import WRONG_SHARE, Relevance, relevance_folder
+from search.relevance import WRONG_SHARE, Relevance, correction, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -14,46 +14,74 @@ MAX_IMAGES = 1000  # that are compared with all their captions, and kept as refe
 MIN_IMAGES = 20
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
 MAX_KNOTS = 200  # of the probabilities' curve
+MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
 NUM_BINS = 10  # of the reliability diagram and the calibration error
+
+
+def label_pairs(T_e, image_of_text, num_images):
+    """(right, wrong): two (m, n) masks. A pair is right where the caption was written for the image.
+
+    It is neither where one of the image's own captions is as near to the caption as two captions of one image usually are:
+    such a picture shows what the caption says. T_e: (m, d_e), L2-normalised. image_of_text: (m,).
+    """
+    right = image_of_text[:, None] == np.arange(num_images)
+    order = np.argsort(image_of_text, kind="stable")
+    starts = np.searchsorted(image_of_text[order], np.arange(num_images))
+    near = np.maximum.reduceat((T_e @ T_e.T)[:, order], starts, axis=1)  # (m, n) each image's nearest caption
+    same_image = [
+        T_e[a] @ T_e[b] for rows in np.split(order, starts[1:]) for a, b in zip(rows, rows[1:])
+    ]  # neighbouring captions of one image
+    return right, ~right & (near < (np.median(same_image) if same_image else np.inf))
 
 
 def fit_relevance(I_e, T_e, image_of_text):
     """The `Relevance` of n images and m captions, (n, d_e) and (m, d_e), L2-normalised.
 
-    image_of_text: (m,) the index of each caption's image. The images become the references; a caption's own one is left out of
-    its mean and standard deviation. A pair is right where the caption was written for the image.
+    image_of_text: (m,) the index of each caption's image. The images become the references.
     """
-    from sklearn.isotonic import IsotonicRegression  # only here: this import takes a second
+    from sklearn.isotonic import IsotonicRegression  # only here: these imports take a second
+    from sklearn.linear_model import LogisticRegression
 
-    right = image_of_text[:, None] == np.arange(len(I_e))  # (m, n)
-    others = np.ma.masked_array(T_e @ I_e.T, right)
-    scores = ((others.data - others.mean(axis=1).data[:, None]) / others.std(axis=1).data[:, None]).astype(np.float32)
-    wrong, own = np.sort(scores[~right]), np.sort(scores[right])
-    shares = [share for share in SHARES if share * len(wrong) >= 1]
-    floors = np.quantile(wrong, 1 - np.array(shares))
-    kept = 1 - np.searchsorted(own, floors) / len(own)
-    # Rising probabilities that fit best (Zadrozny and Elkan 2002). Neighbouring pairs are first averaged, in equal parts.
-    order = np.argsort(scores, axis=None)
-    tops = np.flatnonzero(right.flat[order])  # where it rises; most wrong pairs lie far below
-    edges = np.unique(np.concatenate([[0], tops[:: max(1, len(tops) // MAX_KNOTS)], [len(order)]]))
-    counts = np.diff(edges)
-    means = np.add.reduceat(scores.flat[order].astype(np.float64), edges[:-1]) / counts
-    rates = np.add.reduceat(right.flat[order].astype(np.float64), edges[:-1]) / counts
+    cosines = T_e @ I_e.T  # (m, n)
+    right, wrong = label_pairs(T_e, image_of_text, len(I_e))
+    used = np.concatenate([np.flatnonzero(right), evenly(np.flatnonzero(wrong), MAX_WRONG)])
+    rows = used // len(I_e)
+    features = np.stack([cosines.flat[used], cosines.mean(axis=1)[rows], cosines.std(axis=1)[rows]], axis=1)
+    scale = features.std(axis=0) + 1e-9
+    weights = LogisticRegression().fit((features - features.mean(axis=0)) / scale, right.flat[used]).coef_[0] / scale
+    if weights[0] <= 0:  # a model that has learned nothing yet
+        weights = np.array([1.0, 0, 0])
+    scores = weights[0] * cosines + correction(weights, cosines)[:, None]
+    shares = [share for share in SHARES if share * wrong.sum() >= 1]
+    floors = np.quantile(scores[wrong], 1 - np.array(shares))
+    kept = [(scores[right] >= floor).mean() for floor in floors]
+    # Rising probabilities that fit best (Zadrozny and Elkan 2002), after averaging pairs between every few right ones.
+    pairs = np.flatnonzero(right | wrong)
+    pairs = pairs[np.argsort(scores.flat[pairs])]
+    edges = np.unique(np.concatenate([[0], evenly(np.flatnonzero(right.flat[pairs]), MAX_KNOTS)]))
+    counts = np.diff(np.append(edges, len(pairs)))
+    means, rates = (np.add.reduceat(values.flat[pairs].astype(float), edges) / counts for values in (scores, right))
     fitted = IsotonicRegression(y_min=0, y_max=1).fit_transform(means, rates, sample_weight=counts)
-    curve = [[round(float(value), 6) for value in values] for values in (floors, kept, means, fitted)]
-    return Relevance(I_e, [float(share) for share in shares], *curve)
+    curve = [[round(float(value), 6) for value in values] for values in (weights, shares, floors, kept, means, fitted)]
+    return Relevance(I_e, *curve)
+
+
+def evenly(values, count):
+    """At most count of the values, evenly spaced."""
+    return values[:: max(1, -(-len(values) // count))]
 
 
 def measure_relevance(relevance, I_e, T_e, image_of_text):
     """How a `Relevance` does on pairs that it was not learned from; the arguments are those of `fit_relevance`.
 
-    Returns {"images", "captions", "floor", "false_alarms", "kept", "calibration_error", "bins"}: false_alarms and kept are the
+    Returns {"images", "captions", "false_alarms", "kept", "calibration_error", "bins"}: false_alarms and kept are the
     percentages of wrong and of right pairs above the floor; calibration_error is the expected one (Guo et al. 2017), in points,
-    of the pairs above the floor; bins are [mean probability, share of right pairs, pairs].
+    of the pairs above the floor; bins are [mean probability, share of right pairs, pairs] of these.
     """
-    right = image_of_text[:, None] == np.arange(len(I_e))
-    scores = np.stack([relevance.normalize(cosines, text) for cosines, text in zip(T_e @ I_e.T, T_e)])
-    shown = scores >= relevance.floor(WRONG_SHARE)
+    right, wrong = label_pairs(T_e, image_of_text, len(I_e))
+    scores = np.stack([relevance.correct(cosines, text) for cosines, text in zip(T_e @ I_e.T, T_e)])
+    above = scores >= relevance.floor(WRONG_SHARE)
+    shown = above & (right | wrong)
     probabilities, correct = relevance.probability(scores[shown]), right[shown]
     number = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
     bins = [
@@ -64,9 +92,8 @@ def measure_relevance(relevance, I_e, T_e, image_of_text):
     return {
         "images": len(I_e),
         "captions": len(T_e),
-        "floor": relevance.floor(WRONG_SHARE),
-        "false_alarms": 100 * float(shown[~right].mean()),
-        "kept": 100 * float(shown[right].mean()),
+        "false_alarms": 100 * float(above[wrong].mean()) if wrong.any() else 0.0,
+        "kept": 100 * float(above[right].mean()),
         "calibration_error": 100 * error,
         "bins": bins,
     }
@@ -101,7 +128,7 @@ def write_relevance(folder, I_e, T_e, image_of_text, seed=0):
 def relevance_line(unseen):
     """A message with what `write_relevance` measured."""
     return (
-        f"relevance floor {unseen['floor']:.2f}: on {unseen['images']:,} images that it was not learned from, "
+        f"relevance floor: on {unseen['images']:,} images that it was not learned from, "
         f"{unseen['false_alarms']:.2f}% of the wrong pictures and {unseen['kept']:.1f}% of the right ones are above it; "
         f"calibration error {unseen['calibration_error']:.1f} points"
     )

@@ -1,8 +1,8 @@
 """Whether a picture matches a text at all: the relevance floor and match probability of a run.
 
-Cosines of different texts do not compare: some texts are near all pictures. So a text's cosines are first normalised with the
-mean and the standard deviation of its cosines with fixed reference pictures, which are kept with the run.
-`evaluation.relevance` learns the rest from validation pairs.
+Cosines of different texts do not compare: some texts are near all pictures. So a text's cosines are corrected by the mean and
+the standard deviation of its cosines with fixed reference pictures, which are kept with the run. How much each of the three
+counts, and the rest, `evaluation.relevance` learns from validation pairs.
 """
 
 import json
@@ -24,31 +24,37 @@ class Relevance:
     """What `find_matches` needs to say which pictures match, all learned from validation pairs."""
 
     references: np.ndarray  # (K, d_e) embeddings of the reference pictures, L2-normalised
+    weights: list  # of a picture's cosine, the references' mean cosine, and their standard deviation
     shares: list  # of the wrong pairs that are above a floor, falling
-    floors: list  # these floors, of normalised scores, rising
+    floors: list  # these floors, rising
     kept: list  # shares of the right pairs that are above these floors
-    scores: list  # normalised scores, rising, and
+    scores: list  # corrected scores, rising, and
     probabilities: list  # the share of pairs with such a score that were right
 
-    def normalize(self, cosines, embedding):
-        """Cosines of a text, whose embedding is (d_e,), with pictures -> standard deviations above its mean cosine."""
+    def correct(self, cosines, embedding):
+        """Cosines of a text, whose embedding is (d_e,), with pictures -> scores that compare between texts."""
         with_references = self.references.astype(np.float32) @ embedding
-        return (np.asarray(cosines) - with_references.mean()) / max(with_references.std(), 1e-6)
+        return np.asarray(cosines) * self.weights[0] + correction(self.weights, with_references)
 
     def floor(self, wrong_share):
-        """The normalised score that this share of wrong pictures exceeds; 0: no floor."""
+        """The score that this share of wrong pictures exceeds; 0: no floor."""
         if wrong_share == 0:
             return -np.inf
         return float(np.interp(-np.log(wrong_share), -np.log(self.shares), self.floors))
 
     def probability(self, scores):
-        """Match probabilities of normalised scores."""
+        """Match probabilities of corrected scores."""
         return np.interp(scores, self.scores, self.probabilities)
 
     def save(self, folder):
         """Writes it into a folder."""
         write_array(Path(folder) / FILES[1], self.references.astype(np.float16))
         write_json(Path(folder) / FILES[0], {name: value for name, value in asdict(self).items() if name != "references"})
+
+
+def correction(weights, with_references):
+    """What is added to all of a text's weighted cosines. with_references: its cosines with the references, (..., K)."""
+    return weights[1] * with_references.mean(axis=-1) + weights[2] * with_references.std(axis=-1)
 
 
 def relevance_folder(run, cache_dir):

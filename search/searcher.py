@@ -4,6 +4,7 @@ A text query needs the text encoder only, which is kept in the cache (`search.te
 these are is kept in a small file that belongs to the run's files as they are now.
 """
 
+import contextlib
 import json
 from functools import cached_property
 from pathlib import Path
@@ -59,8 +60,9 @@ class Searcher:
             "width": model.image_projection.out_features,
         }
         if self.is_folder:
-            write_json(self.keys_path(), keys)
-            self.note_use(self.keys_path())
+            with contextlib.suppress(UserError):  # a cache that cannot be written is named when the gallery is opened
+                write_json(self.keys_path(), keys)
+                self.note_use(self.keys_path())
         return keys
 
     def keys_path(self):

@@ -72,8 +72,8 @@ def test_split_all_scores_a_folder_that_only_holds_test_images(run, sample, tmp_
 
 
 def test_search_writes_grid_and_json(run, sample, tmp_path):
-    process = run_script("inference.py", "a red circle", "--run", run, "--n", "4", "--floor", "0", "--cache-dir", tmp_path / "cache",
-                         "--output", tmp_path / "grid.png", "--json", tmp_path / "found.json")  # fmt: skip
+    flags = ["--run", run, "--n", "4", "--floor", "0", "--cache-dir", tmp_path / "cache", "--output", tmp_path / "grid.png"]
+    process = run_script("inference.py", "a red circle", *flags, "--json", tmp_path / "found.json")
     assert process.returncode == 0, process.stderr
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["query"] == "a red circle" and len(found["matches"]) == 4
@@ -196,20 +196,8 @@ def test_where_the_data_set_is_gone_a_picture_has_no_captions_and_is_still_searc
 
 def test_a_file_of_queries_is_answered_line_by_line(run, tmp_path):
     (tmp_path / "queries.txt").write_text("a red circle\n\na blue star\na red circle\n")
-    search(
-        "--query-file",
-        tmp_path / "queries.txt",
-        "--run",
-        run,
-        "--n",
-        "2",
-        "--floor",
-        "0",
-        "--cache-dir",
-        tmp_path,
-        "--json",
-        tmp_path / "f",
-    )
+    flags = ["--run", run, "--n", "2", "--floor", "0", "--cache-dir", tmp_path, "--json", tmp_path / "f"]
+    search("--query-file", tmp_path / "queries.txt", *flags)
     found = json.loads((tmp_path / "f").read_text())["queries"]
     assert [row["query"] for row in found] == ["a red circle", "a blue star", "a red circle"]
     assert all(len(row["matches"]) == 2 for row in found)

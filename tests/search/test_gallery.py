@@ -109,7 +109,7 @@ def test_a_renamed_moved_or_copied_file_is_recognised_and_not_embedded_again(ope
     found = opened()
     assert counted == [] and "recognised 3 pictures by their content" in capsys.readouterr().out
     assert len(found.paths) == 7 and str(a) not in found.paths
-    place = {path: row for path, row in zip(found.paths, embeddings(found))}
+    place = dict(zip(found.paths, embeddings(found)))
     for path, before in ((folder / "renamed.png", a), (folder / "copied.png", b), (c, c)):
         assert torch.equal(place[str(path)], embeddings(first)[first.paths.index(str(before))])
     (folder / "other.png").write_bytes(b"\0" * (folder / "renamed.png").stat().st_size)  # as many bytes, but others
