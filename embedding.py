@@ -1,6 +1,5 @@
 """Images and captions to encoder features, and features to embeddings."""
 
-from collections import deque
 from itertools import islice
 from pathlib import Path
 
@@ -67,25 +66,6 @@ def activation_features(model, activations, device, dtype):
 def images_for(model, paths, num_workers):
     """`utils.images.read_images` as the model's image encoder wants them."""
     return read_images(paths, model.image_encoder.size, num_workers, model.image_encoder.resize)
-
-
-def file_embeddings(model, paths, device, dtype, num_workers=0):
-    """Yields (position, embedding) per image file: L2-normalised, (d_e,), or None where it cannot be read; any order."""
-    good, bad = deque(), deque()
-
-    def pictures():
-        for position, (picture, problem) in enumerate(images_for(model, paths, num_workers)):
-            (bad if problem else good).append(position)
-            if not problem:
-                yield picture
-
-    for I_f in image_feature_batches(model, pictures(), device, dtype, len(paths)):
-        for embedding in project_and_normalize(model.image_projection, I_f, device):
-            yield good.popleft(), embedding
-        while bad:
-            yield bad.popleft(), None
-    for position in bad:
-        yield position, None
 
 
 def file_features(model, paths, device, dtype, num_workers=0, skip_bad=False):

@@ -26,7 +26,7 @@ from search.relevance import WRONG_SHARE
 from search.searcher import Searcher
 from utils.errors import UserError, lost_process, run_command
 from utils.files import write_json
-from utils.images import center_crop, read_image
+from utils.images import read_image
 
 EXAMPLES = (
     'python inference.py "a dog runs on the beach" --images ~/Pictures',
@@ -198,7 +198,11 @@ def answer_text(searcher, options):
     matches = judge(found, embedding, None if options.similar_to else searcher.relevance, options.floor)
     answer = show_matches(title, matches)
     shown = [match for match in matches if match.relevant] or matches[:1]
-    explain = partial(heat_map, searcher, embedding) if options.explain else None
+    explain = None
+    if options.explain:
+        from search.occlusion import heat_map
+
+        explain = partial(heat_map, searcher, embedding, pixels=GRID_PIXELS)
     if shown:
         draw_matches(title, shown, options.output, show=True, read_picture=explain)
     return answer
@@ -298,18 +302,6 @@ def write_onnx(run):
 
     paths = export_onnx(open_model(run, "cpu", "fp32")[0], Path() if is_model_name(run) else Path(run))
     print(f"written {' and '.join(map(str, paths))}")
-
-
-def heat_map(searcher, embedding, path):
-    """The centre crop of a picture, with a heat map over it of what matches a query's embedding, (d_e,)."""
-    from search.occlusion import occlusion_map
-    from utils.plots import overlay
-
-    model, device, dtype = searcher.opened
-    size = model.image_encoder.size
-    picture = center_crop(read_image(path, size, model.image_encoder.resize), size)
-    heat = occlusion_map(model, picture, embedding, device, dtype)
-    return overlay(center_crop(read_image(path, GRID_PIXELS), GRID_PIXELS), heat)
 
 
 def print_matches(matches):

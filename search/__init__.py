@@ -1,9 +1,20 @@
 """Search the pictures of a folder with a trained model.
 
-export.py     export the two encoders to ONNX
-gallery.py    embed the pictures of a folder, and cache the embeddings on disk
-index.py      nearest-neighbour search, exact or approximate
-occlusion.py  heat maps: which parts of a picture match a text
-queries.py    embed and answer queries: texts, pictures, class names
-store.py      what is kept of a gallery on disk
+duplicates.py    files that are the same photograph
+export.py        export the two encoders to ONNX
+files.py         the picture files of a folder, or in tar files
+gallery.py       the pictures of a folder and their embeddings
+index.py         nearest-neighbour search, exact or approximate
+live.py          a gallery that is searched while it grows
+map.py           a map of a collection, as a page and a picture
+occlusion.py     heat maps: which parts of a picture match a text
+page/            what the browser gets: HTML, CSS and JavaScript
+queries.py       embed and answer queries: texts, pictures, class names
+relevance.py     from which score on a picture matches, and how probably
+run_data.py      the pictures and captions that a run was trained with
+searcher.py      a run, to search with: loads no more of it than a search needs
+server.py        the page's server
+store.py         what is kept of a gallery on disk
+text_session.py  a run's text encoder without torch
+update.py        embed what is new in a gallery, and recognise what was moved
 """

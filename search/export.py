@@ -3,6 +3,7 @@
 ONNX files can be used without torch.
 """
 
+import copy
 import warnings
 from pathlib import Path
 
@@ -51,11 +52,11 @@ def export_onnx(model, folder):
 
 
 def export_text(model, path):
-    """Writes the text encoder with its projection head."""
+    """Writes a copy of the text encoder with its projection head; the model stays on its device."""
     n, length = torch.export.Dim("n"), torch.export.Dim("l", max=model.tokenizer.truncation["max_length"])
     ids = torch.full((EXAMPLE_BATCH, 5), model.tokenizer.padding["pad_id"])
     shapes = {"input_ids": {0: n, 1: length}, "attention_mask": {0: n, 1: length}}
-    export(TextExport(model.cpu()), (ids, torch.ones_like(ids)), shapes, path)
+    export(copy.deepcopy(TextExport(model)).cpu(), (ids, torch.ones_like(ids)), shapes, path)
 
 
 def export(module, example, shapes, path):

@@ -82,6 +82,7 @@ class Gallery:
     compressed: CompressedIndex | None  # for approximate search, if there are many pictures
     store: Store
     folder: str  # that is searched; empty: some files
+    order: np.ndarray | None = None  # of the rows, once it is needed
 
     def top_k(self, embedding, n):
         """As the function `index.top_k`."""
@@ -93,12 +94,21 @@ class Gallery:
         """The Gallery of those pictures that `Filters` let through. Raises UserError where there are none."""
         if filters == Filters():
             return self
-        found = list(self.store.pictures(*filters.condition(self.folder)))
-        if not found:
-            raise UserError(f"none of the {len(self.paths):,} pictures is from these dates and folders; choose others")
+        found = list(self.store.pictures_where(*filters.condition(self.folder)))
         rows = np.array([row for row, _ in found], dtype=np.int64)
+        own = np.isin(rows, self.rows)  # the store may have other folders' pictures, too
+        if not own.any():
+            raise UserError(f"none of the {len(self.paths):,} pictures is from these dates and folders; choose others")
+        paths, rows = [path for (_, path), is_own in zip(found, own) if is_own], rows[own]
         compressed = CompressedIndex(self.compressed.index, self.vectors, rows) if self.compressed else None
-        return Gallery([path for _, path in found], self.vectors, rows, compressed, self.store, self.folder)
+        return Gallery(paths, self.vectors, rows, compressed, self.store, self.folder)
+
+    def position_of(self, row):
+        """The position of the picture with this row; None where it is none of the N pictures'."""
+        if self.order is None:
+            self.order = np.argsort(self.rows)
+        place = np.searchsorted(self.rows, row, sorter=self.order)
+        return int(self.order[place]) if place < len(self.rows) and self.rows[self.order[place]] == row else None
 
     def embedding_of(self, position):
         """The embedding of one of the N pictures, (d_e,) float32."""
@@ -133,12 +143,14 @@ def open_gallery(searcher, files, folder, num_workers=0, exact=False):
 def update_store(store, searcher, files, folder, num_workers, on_progress=None):
     """Makes a `Store` have what a gallery's files are now. Returns how many there are. Arguments: as for `open_gallery`.
 
-    on_progress: as for `search.update.update`.
+    on_progress: called with the number of files once they are listed, and whenever some were embedded.
     """
     with processes.main_process_first():
         if processes.is_main_process():
             merge_parts(store, parts_folder(store))
         count = store.list_files(files)
+    if on_progress:
+        on_progress(count)
     if processes.size() > 1 or store.count_stale():
         update(store, searcher, num_workers, count, on_progress)
     if processes.is_main_process():

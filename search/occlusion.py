@@ -8,6 +8,8 @@ import torch
 
 from embedding import project_and_normalize
 from utils.device import autocast
+from utils.images import center_crop, read_image
+from utils.plots import overlay
 
 STEPS = 8  # positions of the square per row, and per column
 SQUARE = 0.25  # side of the square, as a share of the picture's side
@@ -39,3 +41,15 @@ def occlusion_map(model, picture, embedding, device, dtype):
         counts[square] += 1
     heat = (drops / counts).clip(min=0)
     return heat / max(heat.max(), 1e-9)
+
+
+def heat_map(searcher, embedding, path, pixels):
+    """The centre crop of a picture file, (pixels, pixels, 3) uint8, with a heat map over it.
+
+    searcher: a `search.searcher.Searcher`. embedding: of the query, (d_e,).
+    """
+    model, device, dtype = searcher.opened
+    size = model.image_encoder.size
+    picture = center_crop(read_image(path, size, model.image_encoder.resize), size)
+    heat = occlusion_map(model, picture, embedding, device, dtype)
+    return overlay(center_crop(read_image(path, pixels), pixels), heat)

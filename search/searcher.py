@@ -6,6 +6,7 @@ these are is kept in a small file that belongs to the run's files as they are no
 
 import contextlib
 import json
+import threading
 from functools import cached_property
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from search.relevance import load_relevance, relevance_folder
 from search.store import FORMAT
 from utils.cache import cache_key, file_stats, model_key, note_use
 from utils.errors import UserError
-from utils.files import write_json
-from utils.images import VIEW
+from utils.files import read_bytes, write_json
+from utils.images import VIEW, decode_image
 
 RUN_FILES = "config.json", "model.safetensors", "tokenizer.json"
 
@@ -30,17 +31,21 @@ class Searcher:
 
     def __init__(self, run, device="auto", precision="auto", cache_dir=".cache"):
         self.run, self.device, self.precision, self.cache_dir = str(run), str(device), precision, Path(cache_dir)
+        self.lock, self.loaded = threading.Lock(), None
         self.is_folder = not is_model_name(self.run) and Path(self.run).is_dir()
 
-    @cached_property
+    @property
     def opened(self):
-        from embedding import open_model  # only here: this import takes seconds
+        with self.lock:  # of several threads that need it first, one loads it
+            if not self.is_loaded:
+                from embedding import open_model  # only here: this import takes seconds
 
-        return open_model(self.run, self.device, self.precision)
+                self.loaded = open_model(self.run, self.device, self.precision)
+            return self.loaded
 
     @property
     def is_loaded(self):
-        return "opened" in self.__dict__
+        return self.loaded is not None
 
     @property
     def model(self):
@@ -122,13 +127,19 @@ class Searcher:
         """The embedding of one picture file, (d_e,) float32, L2-normalised. Raises UserError where it cannot be read."""
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
-        from embedding import file_embeddings
+        return self.embed_picture(read_bytes(path), path)
+
+    def embed_picture(self, contents, name):
+        """The same from the bytes of a picture file of this name."""
+        from embedding import image_features, project_and_normalize
 
         model, device, dtype = self.opened
-        [(_, embedding)] = file_embeddings(model, [path], device, dtype)
-        if embedding is None:
-            raise UserError(f"{path}: empty, truncated, too large or not a picture")
-        return embedding.numpy()
+        try:
+            picture = decode_image(contents, model.image_encoder.size, model.image_encoder.resize, Path(name).suffix)
+        except (ValueError, OSError) as error:
+            raise UserError(f"{name}: {error}") from None
+        I_f = image_features(model, [picture], device, dtype, 1)
+        return project_and_normalize(model.image_projection, I_f, device)[0].numpy()
 
     def keep_text_encoder(self):
         """Writes the text encoder for later queries, where that pays: after a search that had to load the whole model."""

@@ -180,15 +180,15 @@ class Store:
         rows = self.database.execute("SELECT content, row, taken FROM pictures WHERE row IS NOT NULL")
         return {content: (row, taken) for content, row, taken in rows if content in contents}
 
-    def pictures(self, where="1", values=()):
-        """Yields (row, path) of the listed files that can be read, in the order of their paths.
-
-        where, values: a condition on the columns of `pictures`, and DATE.
-        """
+    def pictures(self):
+        """Yields (row, path) of the listed files that can be read, in the order of their paths."""
         joined = "listed CROSS JOIN pictures USING (path)"  # so that SQLite goes through the listed ones in their order
-        return self.database.execute(
-            f"SELECT row, path FROM {joined} WHERE row IS NOT NULL AND ({where}) ORDER BY path", values
-        )
+        return self.database.execute(f"SELECT row, path FROM {joined} WHERE row IS NOT NULL ORDER BY path")
+
+    def pictures_where(self, where, values):
+        """Yields (row, path) of all pictures that can be read and meet a condition on the table's columns and DATE."""
+        query = f"SELECT row, path FROM pictures WHERE row IS NOT NULL AND {where} ORDER BY path"
+        return self.database.execute(query, values)
 
     def date_of(self, path):
         """The time a picture was taken, or else that of its file; None for one that is not here."""

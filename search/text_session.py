@@ -17,7 +17,10 @@ class TextSession:
     """Embeds texts with the files that `write_text_session` wrote into a folder."""
 
     def __init__(self, folder):
-        self.session = onnxruntime.InferenceSession(Path(folder) / FILES[0], providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1  # a query is too short to share out, and many may come at once
+        path = Path(folder) / FILES[0]
+        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.tokenizer = tokenizers.Tokenizer.from_file(str(Path(folder) / FILES[1]))
 
     def embed(self, texts):

@@ -21,12 +21,13 @@ from utils.files import atomic_write, read_bytes
 from utils.images import decode_image, read_ahead
 
 WRITE_EVERY = 512  # pictures that a killed process may have embedded in vain
+SHOW_EVERY = 64  # pictures until someone who watches sees them
 
 
 def update(store, searcher, num_workers, count, on_progress=None):
     """Embeds the files listed in a `Store` that it does not have. searcher: a `search.searcher.Searcher`.
 
-    count: how many files are listed. on_progress: called with the number of pictures that were written since the last call.
+    count: how many files are listed. on_progress: called with it whenever some were written, and these are then few.
     """
     with processes.main_process_first():
         if processes.is_main_process():
@@ -43,13 +44,13 @@ def update(store, searcher, num_workers, count, on_progress=None):
     def write_pending():
         if pending:
             write(pending)
-            if on_progress:
-                on_progress(len(pending))
             pending.clear()
+            if on_progress:
+                on_progress(count)
 
     for picture in embedded(searcher, own, num_workers) if own else ():
         pending.append(picture)
-        if len(pending) >= WRITE_EVERY:
+        if len(pending) >= (SHOW_EVERY if on_progress else WRITE_EVERY):
             write_pending()
     write_pending()
     processes.barrier()

@@ -8,7 +8,7 @@ if "CLIP_TEST_CACHES" not in os.environ:  # no test sees what a user fetched bef
     os.environ["CLIP_TEST_CACHES"] = caches.name
 for variable in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_XET_CACHE", "TRANSFORMERS_CACHE"):
     os.environ.pop(variable, None)
-for variable in ("HF_HOME", "TORCH_HOME", "KAGGLEHUB_CACHE", "GRADIO_TEMP_DIR"):
+for variable in ("HF_HOME", "TORCH_HOME", "KAGGLEHUB_CACHE"):
     os.environ[variable] = os.path.join(os.environ["CLIP_TEST_CACHES"], variable.lower())
 if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run at once, each on a core
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from gradio.utils import get_upload_folder
 
 
 def test_the_libraries_caches_are_the_tests_own():
     own = Path(os.environ["CLIP_TEST_CACHES"])
-    folders = [huggingface_hub.constants.HF_HUB_CACHE, torch.hub.get_dir(), get_upload_folder(), os.environ["KAGGLEHUB_CACHE"]]
+    folders = [huggingface_hub.constants.HF_HUB_CACHE, torch.hub.get_dir(), os.environ["KAGGLEHUB_CACHE"]]
     assert all(Path(folder).is_relative_to(own) for folder in folders), folders

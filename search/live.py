@@ -1,0 +1,70 @@
+"""A gallery that is searched while its pictures are still being embedded, and that follows its folder."""
+
+import sqlite3
+import threading
+
+from search.gallery import open_store, read_gallery, update_store
+from search.run_data import embed_captions
+from utils.errors import UserError
+from utils.formats import PICTURE_ENDINGS
+
+QUIET = 1500  # milliseconds without a further change, after which changes are taken in
+
+
+class LiveGallery:
+    """What there is to search now, from a thread of its own.
+
+    list_files: a function that gives the files, as for `search.gallery.open_gallery`. folder: that is watched; empty: none.
+
+    Attributes: gallery, a `search.gallery.Gallery`, or None while it has no pictures; total, the number of files; working,
+    whether some are still to be embedded; problem, a message, or empty; captions, (texts, embeddings) of the run.
+    """
+
+    def __init__(self, searcher, list_files, folder="", num_workers=4):
+        self.searcher, self.list_files, self.folder, self.num_workers = searcher, list_files, folder, num_workers
+        self.gallery, self.total, self.working, self.problem, self.captions = None, 0, True, "", ([], None)
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=self.follow, daemon=True)
+
+    def follow(self):
+        """Embeds what is new, then waits for changes, until it is stopped."""
+        self.update()
+        self.captions = embed_captions(self.searcher)
+        self.searcher.keep_text_encoder()
+        if self.folder and not self.folder.endswith(".tar"):
+            import watchfiles  # only here: a run's own pictures do not change
+
+            def is_picture(_, path):
+                return path.lower().endswith(tuple(PICTURE_ENDINGS))
+
+            for _ in watchfiles.watch(self.folder, watch_filter=is_picture, stop_event=self.stopped, step=QUIET):
+                self.update()
+
+    def update(self):
+        """Makes the gallery what the folder is now."""
+        self.working = True
+        try:
+            store = open_store(self.searcher.gallery_path(), self.searcher.width)
+
+            def show(count):
+                self.total, found = count, read_gallery(store, self.folder, exact=True)
+                self.gallery = found if len(found.rows) else None
+
+            update_store(store, self.searcher, self.list_files(), self.folder, self.num_workers, show)
+            found = read_gallery(store, self.folder, exact=False)
+            self.gallery, self.problem = found if len(found.rows) else None, ""
+        except (UserError, OSError, sqlite3.Error, ValueError) as error:
+            self.problem = str(error)
+            print(self.problem, flush=True)
+        self.working = False
+
+    def row_path(self, row):
+        """The path of a picture of the gallery by the row of its vector; None for any other row."""
+        gallery = self.gallery
+        if gallery is None:
+            return None
+        position = gallery.position_of(row)
+        return None if position is None else gallery.paths[position]
+
+    def stop(self):
+        self.stopped.set()

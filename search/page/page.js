@@ -1,0 +1,355 @@
+// The page: what is asked is in the address, so a link holds the query. Words: row, the number of a picture; tile, its small image.
+
+const FIELDS = ["q", "minus", "after", "before", "folder"]; // inputs that are in the address by their names
+const POLL = 1000; // milliseconds
+
+const at = (id) => document.getElementById(id);
+let rows = []; // of the pictures in the grid, in their order
+let page = 0; // the next one to load
+let asked = 0; // counts searches, so that late answers to earlier ones are dropped
+let loading = false;
+let upload = null; // {key, name, captions, url} of a picture from outside
+let shown = -1; // position in rows of the picture in the viewer
+let known = -1; // pictures that were there at the last look
+
+function element(name, properties = {}, ...children) {
+  const made = Object.assign(document.createElement(name), properties);
+  made.append(...children);
+  return made;
+}
+
+async function ask(address, options) {
+  const answer = await fetch(address, options).catch(() => null);
+  if (!answer) throw new Error("the server does not answer; is python app.py still running?");
+  const value = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
+  if (!answer.ok) throw Object.assign(new Error(value.error), { status: answer.status });
+  return value;
+}
+
+// ---- the query -------------------------------------------------------------------------------------------------------
+
+function readAddress() {
+  const query = new URLSearchParams(location.search);
+  for (const name of FIELDS) at(name).value = query.get(name) || "";
+  at("more").open = FIELDS.slice(1).some((name) => query.get(name));
+  select(query.get("tab") || "results");
+}
+
+function address(changes = {}) {
+  const query = new URLSearchParams();
+  for (const name of FIELDS) if (at(name).value.trim()) query.set(name, at(name).value.trim());
+  for (const [name, value] of Object.entries(changes)) if (value) query.set(name, value);
+  return query;
+}
+
+function go(changes) {
+  const query = address(changes).toString();
+  if (query !== location.search.slice(1)) history.pushState(null, "", query ? `?${query}` : location.pathname);
+  search();
+}
+
+async function search() {
+  asked += 1;
+  [rows, page, loading] = [[], 0, false];
+  at("grid").replaceChildren();
+  at("message").textContent = "";
+  document.title = at("q").value ? `${at("q").value} · Picture search` : "Picture search";
+  if (at("q").value.trim() || upload || likeRow()) await loadMore();
+  else at("message").textContent = "Type what a picture shows, or drop a picture here.  /  goes to the search field.";
+}
+
+const likeRow = () => new URLSearchParams(location.search).get("like");
+
+async function loadMore(floor) {
+  if (loading || page < 0) return;
+  loading = true;
+  const mine = asked;
+  const query = address({ like: upload ? "" : likeRow(), upload: upload && upload.key, page, floor });
+  try {
+    const answer = await ask(`/api/search?${query}`);
+    if (mine !== asked) return;
+    showMatches(answer, floor);
+  } catch (error) {
+    if (mine !== asked) return;
+    at("message").textContent = error.message;
+    page = -1;
+  }
+  loading = false;
+  if (page > 0 && at("end").getBoundingClientRect().top < innerHeight + 400) loadMore(floor);
+}
+
+function showMatches(answer, floor) {
+  const relevant = answer.matches.filter((match) => match.relevant);
+  const nothing = page === 0 && answer.matches.length && !relevant.length;
+  const showAll = element("button", { textContent: "Show all", onclick: () => showEverything() });
+  if (nothing) {
+    at("message").replaceChildren("Nothing here matches. The best guess is below. ", showAll);
+  } else if (page === 0) {
+    at("message").textContent = `Best of ${answer.of.toLocaleString()} pictures`;
+  }
+  for (const match of nothing ? answer.matches.slice(0, 1) : relevant) {
+    at("grid").append(tile(match, rows.length));
+    rows.push(match.row);
+  }
+  const more = answer.more && relevant.length === answer.matches.length;
+  if (!more && !nothing && !floor && answer.matches.length) {
+    at("message").replaceChildren(`${rows.length} of ${answer.of.toLocaleString()} pictures match. `, showAll);
+  }
+  page = more ? page + 1 : -1;
+}
+
+async function showEverything() {
+  asked += 1;
+  [rows, page, loading] = [[], 0, false];
+  at("grid").replaceChildren();
+  await loadMore("0");
+}
+
+function tile(match, position) {
+  const image = element("img", { src: `/picture/${match.row}`, alt: match.name, loading: "lazy" });
+  image.onerror = () => (button.hidden = true); // deleted since it was found
+  const label = element("span", {}, `${match.label}  ${match.name}`);
+  const button = element("button", { className: "tile", type: "button", title: match.name }, image, label);
+  if (position !== null) button.onclick = () => view(position);
+  else button.onclick = () => viewRow(match.row);
+  return button;
+}
+
+// ---- a picture from outside ------------------------------------------------------------------------------------------
+
+async function take(file) {
+  at("message").textContent = "looking at the picture …";
+  select("results");
+  try {
+    const answer = await ask(`/api/upload?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file });
+    removeUpload();
+    upload = { key: answer.upload, name: file.name, captions: answer.captions, url: URL.createObjectURL(file) };
+    at("given-image").src = upload.url;
+    at("given-image").alt = upload.name;
+    at("given-name").textContent = upload.name;
+    at("given-captions").replaceChildren(...captionItems(answer.captions));
+    at("answers").replaceChildren();
+    at("given").hidden = false;
+    go();
+  } catch (error) {
+    at("message").textContent = error.message;
+  }
+}
+
+const captionItems = (captions) =>
+  captions.map(({ caption, score }) => element("li", {}, `${caption} `, element("small", { textContent: score })));
+
+function removeUpload() {
+  if (upload) URL.revokeObjectURL(upload.url);
+  upload = null;
+  at("given").hidden = true;
+  at("file").value = "";
+}
+
+async function classify(event) {
+  event.preventDefault();
+  try {
+    const query = new URLSearchParams({ names: at("names").value, upload: upload.key });
+    const { classes } = await ask(`/api/classify?${query}`);
+    at("answers").replaceChildren(
+      ...classes.map(({ name, probability }) => {
+        const item = element("li", { textContent: `${(100 * probability).toFixed(1)}%  ${name}` });
+        item.style.setProperty("--share", `${100 * probability}%`);
+        return item;
+      }),
+    );
+  } catch (error) {
+    at("answers").replaceChildren(element("li", { textContent: error.message }));
+  }
+}
+
+// ---- the viewer ------------------------------------------------------------------------------------------------------
+
+function view(position) {
+  if (position < 0 || position >= rows.length) return;
+  shown = position;
+  viewRow(rows[position]);
+  if (position > rows.length - 6) loadMore();
+}
+
+async function viewRow(row) {
+  at("viewer").dataset.row = row;
+  at("large").src = `/picture/${row}?large`;
+  for (const id of ["path", "facts"]) at(id).textContent = "";
+  at("captions").replaceChildren();
+  at("explain").hidden = !at("q").value.trim();
+  if (!at("viewer").open) at("viewer").showModal();
+  try {
+    const { path, date, captions } = await ask(`/api/picture/${row}`);
+    if (at("viewer").dataset.row !== String(row)) return;
+    at("path").textContent = path;
+    at("large").alt = path;
+    at("facts").textContent = date || "";
+    at("captions").replaceChildren(...captionItems(captions));
+  } catch (error) {
+    at("path").textContent = error.message;
+  }
+}
+
+function more() {
+  const row = at("viewer").dataset.row;
+  at("viewer").close();
+  removeUpload();
+  at("q").value = at("minus").value = "";
+  select("results");
+  go({ like: row });
+  scrollTo(0, 0);
+}
+
+function explain() {
+  const row = at("viewer").dataset.row;
+  const heat = `/heat/${row}?${new URLSearchParams({ q: at("q").value.trim() })}`;
+  at("large").src = at("large").src.includes("/heat/") ? `/picture/${row}?large` : heat;
+}
+
+// ---- tabs ------------------------------------------------------------------------------------------------------------
+
+const openers = { results: () => {}, map: openMap, duplicates: openDuplicates, run: openRun };
+
+function select(name) {
+  if (!(name in openers)) name = "results";
+  for (const other of Object.keys(openers)) {
+    at(other).hidden = other !== name;
+    at(`tab-${other}`).setAttribute("aria-selected", other === name);
+  }
+  openers[name]();
+}
+
+const isOpen = (name) => !at(name).hidden;
+
+async function openMap() {
+  const answer = await fetch("/map").catch(() => null);
+  const say = at("map").querySelector(".message");
+  if (answer && answer.ok) {
+    if (!at("map").querySelector("iframe")) at("map").append(element("iframe", { src: "/map", title: "Map of all pictures" }));
+    say.hidden = true;
+  } else if (answer && answer.status === 503) {
+    say.textContent = "laying the pictures out …";
+    if (isOpen("map")) setTimeout(() => isOpen("map") && openMap(), POLL);
+  } else say.textContent = answer ? (await answer.json()).error : "the server does not answer";
+}
+
+async function openDuplicates() {
+  const section = at("duplicates");
+  const say = section.querySelector(".message");
+  try {
+    const { working, groups } = await ask("/api/duplicates");
+    if (working) {
+      say.textContent = "comparing the pictures …";
+      setTimeout(() => isOpen("duplicates") && openDuplicates(), POLL);
+      return;
+    }
+    say.textContent = groups.length
+      ? `${groups.length.toLocaleString()} photographs are there several times; the best copy of each is first. Nothing is deleted.`
+      : "No photograph is there twice.";
+    section.replaceChildren(
+      say,
+      ...groups.map((group) =>
+        element("div", { className: "group" }, element("div", { className: "grid" }, ...group.map((copy) => tile(copy, null)))),
+      ),
+    );
+  } catch (error) {
+    say.textContent = error.message;
+  }
+}
+
+async function openRun() {
+  const { run, files } = await ask("/api/status");
+  const pictures = files.map((name) => element("img", { src: `/run/${name}`, alt: name }));
+  at("run").replaceChildren(element("p", { textContent: `The model is ${run}.` }), ...pictures);
+}
+
+// ---- what is there ---------------------------------------------------------------------------------------------------
+
+async function watch() {
+  try {
+    const { pictures, total, working, problem } = await ask("/api/status");
+    at("status").textContent = problem || `${pictures.toLocaleString()} pictures${working ? ` of ${total.toLocaleString()}` : ""}`;
+    at("progress").hidden = !working || !total;
+    at("progress").value = total ? pictures / total : 0;
+    const untouched = scrollY < 100 && !at("viewer").open && isOpen("results");
+    if (known >= 0 && pictures !== known && untouched && (at("q").value === (new URLSearchParams(location.search).get("q") || ""))) search();
+    known = pictures;
+  } catch (error) {
+    at("status").textContent = error.message;
+  }
+  setTimeout(watch, POLL);
+}
+
+// ---- keys, drops, clicks ---------------------------------------------------------------------------------------------
+
+function moveFocus(step) {
+  const tiles = [...at("grid").children];
+  const columns = getComputedStyle(at("grid")).gridTemplateColumns.split(" ").length;
+  const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
+  const here = tiles.indexOf(document.activeElement);
+  const target = tiles[here < 0 ? 0 : here + steps[step]];
+  if (target) target.focus();
+  return Boolean(target);
+}
+
+addEventListener("keydown", (event) => {
+  const typing = event.target.matches("input");
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  if (at("viewer").open) {
+    if (event.key === "ArrowRight") view(shown + 1);
+    if (event.key === "ArrowLeft") view(shown - 1);
+    if (event.key === "m") more();
+    if (event.key === "h" && !at("explain").hidden) explain();
+    return;
+  }
+  if (event.key === "/" && !typing) {
+    event.preventDefault();
+    at("q").focus();
+  }
+  if (event.key.startsWith("Arrow") && (!typing || event.key === "ArrowDown") && moveFocus(event.key)) event.preventDefault();
+});
+
+addEventListener("dragover", (event) => {
+  event.preventDefault();
+  document.body.classList.add("dropping");
+});
+addEventListener("dragleave", () => document.body.classList.remove("dropping"));
+addEventListener("drop", (event) => {
+  event.preventDefault();
+  document.body.classList.remove("dropping");
+  if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
+});
+addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files[0]));
+addEventListener("popstate", () => {
+  readAddress();
+  search();
+});
+
+at("query").onsubmit = (event) => {
+  event.preventDefault();
+  select("results");
+  go();
+};
+at("file").onchange = () => at("file").files.length && take(at("file").files[0]);
+at("given-remove").onclick = () => {
+  removeUpload();
+  go();
+};
+at("classes").onsubmit = classify;
+at("close").onclick = () => at("viewer").close();
+at("viewer").onclick = (event) => event.target === at("viewer") && at("viewer").close();
+at("viewer").onclose = () => {
+  const tiles = at("grid").children;
+  if (shown >= 0 && tiles[shown]) tiles[shown].focus();
+};
+at("previous").onclick = () => view(shown - 1);
+at("next").onclick = () => view(shown + 1);
+at("like").onclick = more;
+at("explain").onclick = explain;
+for (const name of Object.keys(openers)) at(`tab-${name}`).onclick = () => select(name);
+new IntersectionObserver((entries) => entries[0].isIntersecting && page > 0 && loadMore(), { rootMargin: "600px" }).observe(at("end"));
+
+readAddress();
+search();
+watch();

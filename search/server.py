@@ -1,0 +1,321 @@
+"""The page's server: what a browser asks for, and what it is answered. The page itself is in search/page/.
+
+A picture is named by the row of its vector, so no request can name a file. What is uploaded is kept in memory only.
+"""
+
+import secrets
+from collections import OrderedDict
+from functools import lru_cache
+from pathlib import Path
+
+import cv2
+import numpy as np
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
+
+from search.gallery import Filters
+from search.queries import best_matches, blend, classify_embedding, embed_query, judge
+from search.relevance import WRONG_SHARE
+from utils.errors import UserError
+from utils.files import read_bytes
+from utils.formats import decode
+from utils.images import center_crop, read_image
+
+PAGE = Path(__file__).parent / "page"
+NUM_SHOWN = 24  # matches at once; more come when the page is scrolled
+NUM_CAPTIONS = 5  # best captions of a picture
+TILE_PIXELS, LARGE_PIXELS = 320, 1600  # shorter side of a tile; longer side of a large picture
+MAX_UPLOAD = 20_000_000  # bytes
+MAX_CLASSES = 50
+NUM_QUERIES, NUM_TILES, NUM_UPLOADS = 500, 1000, 100  # that are kept in memory
+RUN_PICTURES = "curves.png", "relevance.png"  # of the run folder, that the page shows
+CACHED = {"Cache-Control": "max-age=3600"}
+POLICY = {  # nothing from elsewhere, and no scripts within what is shown
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'self'; base-uri 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+MAP_POLICY = POLICY | {  # the map is one file, with its own script and style in it
+    "Content-Security-Policy": "default-src 'none'; img-src 'self' data:; style-src 'unsafe-inline'; "
+    "script-src 'unsafe-inline'; frame-ancestors 'self'; base-uri 'none'"
+}
+
+
+class Page:
+    """Answers the page's requests about a `search.live.LiveGallery`."""
+
+    def __init__(self, searcher, live):
+        self.searcher, self.live, self.uploads, self.jobs = searcher, live, OrderedDict(), {}
+        self.embed = lru_cache(NUM_QUERIES)(lambda text, minus: embed_query(searcher, [text], [minus] if minus else []))
+        self.tile = lru_cache(NUM_TILES)(draw_tile)
+
+    # ---- searching -------------------------------------------------------------------------------------------------
+
+    def status(self, request):
+        live = self.live
+        return JSONResponse(
+            {
+                "run": self.searcher.run,
+                "pictures": len(live.gallery.paths) if live.gallery else 0,
+                "total": live.total,
+                "working": live.working,
+                "problem": live.problem,
+                "files": [name for name in RUN_PICTURES if self.searcher.is_folder and Path(self.searcher.run, name).exists()],
+            }
+        )
+
+    def search(self, request):
+        """Matches of words, of a picture, or of both. Parameters: q, minus, like (a row) or upload, filters, page, floor."""
+        value = request.query_params
+        gallery, embeddings = self.require_gallery(), []
+        text, minus = value.get("q", "").strip(), value.get("minus", "").strip()
+        if text:
+            embeddings.append(self.embed(text, minus))
+        elif minus:
+            raise UserError("say what the pictures should show, besides what they should not")
+        if value.get("like") or value.get("upload"):
+            embeddings.append(self.picture_embedding(gallery, value))
+        if not embeddings:
+            raise UserError("say what to look for: words, or a picture")
+        gallery = gallery.select(Filters(*(value.get(name, "").strip() for name in ("after", "before", "folder"))))
+        embedding, page = blend(gallery, embeddings), number(value, "page")
+        found = best_matches(gallery, embedding, gallery.rows, NUM_SHOWN, page * NUM_SHOWN)
+        relevance = self.searcher.relevance if len(embeddings) == 1 and text else None
+        floor = 0 if value.get("floor") == "0" else WRONG_SHARE
+        matches = judge(found, embedding, relevance, floor)
+        records = [self.record(gallery, match) for match in matches]
+        return JSONResponse({"matches": [r for r in records if r], "more": len(found) == NUM_SHOWN, "of": len(gallery.rows)})
+
+    def record(self, gallery, match):
+        """What the page shows of a match, whose filename is a row; None where it was deleted meanwhile."""
+        path = self.live.row_path(int(match.filename))
+        if path is None:
+            return None
+        name = self.below_folder(path)
+        return {"row": int(match.filename), "name": name, "label": match.label().strip(), "relevant": match.relevant}
+
+    def below_folder(self, path):
+        folder = Path(self.live.folder).absolute() if self.live.folder else None
+        return str(Path(path).relative_to(folder)) if folder and Path(path).is_relative_to(folder) else Path(path).name
+
+    def picture_embedding(self, gallery, value):
+        if value.get("upload"):
+            return self.uploaded(value)
+        position = gallery.position_of(number(value, "like"))
+        if position is None:
+            raise UserError("this picture is no longer there")
+        return gallery.embedding_of(position)
+
+    def uploaded(self, value):
+        embedding = self.uploads.get(value.get("upload", ""))
+        if embedding is None:
+            raise UserError("this picture was given up meanwhile; drop it again")
+        return embedding
+
+    def require_gallery(self):
+        gallery = self.live.gallery
+        if gallery is None:
+            raise UserError(self.live.problem or "no picture is embedded yet; wait a moment")
+        return gallery
+
+    # ---- a picture from outside ------------------------------------------------------------------------------------
+
+    async def upload(self, request):
+        """Embeds the picture that is the request's body. Answers with a key for it and its best captions."""
+        contents, name = bytearray(), request.query_params.get("name", "picture")
+        async for chunk in request.stream():
+            contents += chunk
+            if len(contents) > MAX_UPLOAD:
+                raise UserError(f"the picture has more than {MAX_UPLOAD // 1_000_000} MB; scale it down")
+        embedding = await run_in_threadpool(self.searcher.embed_picture, bytes(contents), Path(name).name)
+        key = secrets.token_urlsafe(12)
+        self.uploads[key] = embedding
+        while len(self.uploads) > NUM_UPLOADS:
+            self.uploads.popitem(last=False)
+        return JSONResponse({"upload": key, "captions": self.best_captions(embedding)})
+
+    def best_captions(self, embedding):
+        texts, embeddings = self.live.captions
+        if not texts:
+            return []
+        found = best_matches(embeddings, embedding, texts, NUM_CAPTIONS)
+        return [{"caption": caption, "score": f"{score:.2f}"} for caption, score in found]
+
+    def classify(self, request):
+        value = request.query_params
+        names = [name.strip() for name in value.get("names", "").replace("\n", ",").split(",") if name.strip()]
+        if not 2 <= len(names) <= MAX_CLASSES:
+            raise UserError(f"name at least two classes, and at most {MAX_CLASSES}, with commas between them")
+        embedding = self.picture_embedding(self.require_gallery(), value) if value.get("like") else self.uploaded(value)
+        classes = classify_embedding(self.searcher.model, embedding, names)
+        return JSONResponse({"classes": [{"name": name, "probability": value} for name, value in classes]})
+
+    # ---- a picture of the gallery ----------------------------------------------------------------------------------
+
+    def path_of(self, request):
+        path = self.live.row_path(request.path_params["row"])
+        if path is None:
+            raise HTTPException(404, "no such picture")
+        return path
+
+    def picture(self, request):
+        """A picture as a JPEG: a tile, or large."""
+        path, large = self.path_of(request), "large" in request.query_params
+        try:
+            contents = draw_large(path) if large else self.tile(path)
+        except (OSError, ValueError):  # deleted or changed since it was embedded
+            raise HTTPException(404, "no such picture") from None
+        return Response(contents, media_type="image/jpeg", headers=CACHED)
+
+    def details(self, request):
+        path, gallery = self.path_of(request), self.require_gallery()
+        embedding = gallery.embedding_of(gallery.position_of(request.path_params["row"]))
+        date = gallery.store.date_of(path)
+        return JSONResponse({"path": path, "date": date and date.replace("T", " "), "captions": self.best_captions(embedding)})
+
+    def heat(self, request):
+        """The centre of a picture with a heat map of what matches the words of q."""
+        from search.occlusion import heat_map
+
+        path, text = self.path_of(request), request.query_params.get("q", "").strip()
+        if not text:
+            raise UserError("a heat map shows what matches words; search for some")
+        return jpeg(heat_map(self.searcher, self.embed(text, ""), path, TILE_PIXELS))
+
+    # ---- the whole gallery -----------------------------------------------------------------------------------------
+
+    def duplicates(self, request):
+        """Groups of the same photograph, once they are found."""
+        from search.duplicates import find_duplicates
+
+        gallery = self.require_gallery()
+        found = self.job("duplicates", gallery, lambda: find_duplicates(stats_of(gallery), self.searcher.cache_dir, 1))
+        if found is None:
+            return JSONResponse({"working": True})
+        rows = dict(zip(gallery.paths, gallery.rows.tolist()))
+        groups = [
+            [{"row": rows[copy.path], "name": self.below_folder(copy.path), "label": copy.label()} for copy in group]
+            for group in found
+        ]
+        return JSONResponse({"working": False, "groups": groups})
+
+    def map(self, request):
+        """The map of the gallery, or 503 while it is drawn."""
+        from search.map import map_page
+
+        gallery = self.require_gallery()
+        rows = dict(zip(gallery.paths, gallery.rows.tolist()))
+        captions = self.live.captions
+        if captions[1] is None:
+            raise HTTPException(503, "wait")
+
+        def draw():
+            vectors = gallery.vectors[gallery.rows]
+            return map_page(vectors, list(gallery.paths), *captions, 1, lambda path: f"/picture/{rows[path]}?large")
+
+        html = self.job("map", gallery, draw)
+        if html is None:
+            raise HTTPException(503, "wait")
+        return HTMLResponse(html, headers=MAP_POLICY)
+
+    def job(self, name, gallery, function):
+        """What function() gives for this gallery; None until a thread has it. Raises UserError where it failed."""
+        import threading
+
+        known = self.jobs.get(name)
+        if known is None or known["gallery"] is not gallery and not known["running"]:
+            known = self.jobs[name] = {"gallery": gallery, "running": True, "result": None, "error": None}
+
+            def run(job=known):
+                try:
+                    job["result"] = function()
+                except (UserError, OSError, ValueError) as error:
+                    job["error"] = str(error)
+                job["running"] = False
+
+            threading.Thread(target=run, daemon=True).start()
+        if known["error"]:
+            raise UserError(known["error"])
+        return known["result"]
+
+    def run_file(self, request):
+        name = request.path_params["name"]
+        if name not in RUN_PICTURES or not self.searcher.is_folder or not Path(self.searcher.run, name).exists():
+            raise HTTPException(404, "no such file")
+        return FileResponse(Path(self.searcher.run) / name)
+
+
+def number(value, name):
+    """A number in a request; 0 where it is left out. Raises UserError for another text."""
+    text = value.get(name, "0")
+    if not text.isdecimal() or len(text) > 12:
+        raise UserError(f"{name} {text[:20]!r}: is no number")
+    return int(text)
+
+
+def stats_of(gallery):
+    """(path, bytes, modification time in ns) of a gallery's files that are there."""
+    for path in gallery.paths:
+        try:
+            stat = Path(path).stat()
+        except OSError:
+            continue
+        yield path, stat.st_size, stat.st_mtime_ns
+
+
+def draw_tile(path):
+    picture = read_image(path, TILE_PIXELS)
+    return encode(picture if picture.shape[0] < 2 * picture.shape[1] else center_crop(picture, TILE_PIXELS))
+
+
+def draw_large(path):
+    picture = decode(read_bytes(path), Path(path).suffix)
+    scale = LARGE_PIXELS / max(picture.shape[:2])
+    if scale < 1:
+        shape = [max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0])]
+        picture = cv2.resize(picture, shape, interpolation=cv2.INTER_AREA)
+    return encode(picture)
+
+
+def encode(picture):
+    return cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
+
+
+def jpeg(picture):
+    return Response(encode(picture), media_type="image/jpeg", headers=CACHED)
+
+
+def say(request, error):
+    """What a person reads where something went wrong."""
+    status = error.status_code if isinstance(error, HTTPException) else 400
+    return JSONResponse({"error": error.detail if isinstance(error, HTTPException) else str(error)}, status)
+
+
+def build_app(searcher, live, hosts):
+    """The web application. hosts: names under which it may be asked; any other is refused, as other pages could use it."""
+    page = Page(searcher, live)
+    routes = [
+        Route("/", lambda request: FileResponse(PAGE / "index.html", headers=POLICY)),
+        Route("/api/status", page.status),
+        Route("/api/search", page.search),
+        Route("/api/upload", page.upload, methods=["POST"]),
+        Route("/api/classify", page.classify),
+        Route("/api/duplicates", page.duplicates),
+        Route("/api/picture/{row:int}", page.details),
+        Route("/picture/{row:int}", page.picture),
+        Route("/heat/{row:int}", page.heat),
+        Route("/map", page.map),
+        Route("/run/{name}", page.run_file),
+        Mount("/static", StaticFiles(directory=PAGE)),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        exception_handlers={UserError: say, HTTPException: say},
+    )
