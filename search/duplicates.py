@@ -1,0 +1,220 @@
+"""Files that are the same photograph: equal bytes, or saved again, resized, lightly cropped, recoloured.
+
+Perceptual hashes (`search.hashes`) propose pairs. Each pair is then registered, which means that one picture is moved and scaled
+onto the other, and their pixels are compared: in two pictures of a burst something has moved, which a hash does not see.
+"""
+
+import functools
+from collections import defaultdict, deque
+from pathlib import Path
+
+import cv2
+import matplotlib.pyplot as plt
+import numpy as np
+from tqdm import tqdm
+
+from search.hashes import BITS, BOXES, MIN_SPREAD, SIDE, Hashes, differing_bits
+from utils import plots
+from utils.images import read_image
+
+MAX_BITS = 76  # differing bits of a pair that is found; among photographs, one pair in some ten million is as close by chance
+MAX_BITS_IN_GROUP = 96  # differing bits to the best copy, if a picture was found through another one of its group
+TABLES, TABLE_BITS = 4, 18  # two hashes are compared where one of TABLES runs of TABLE_BITS bits differs in one bit at most
+DETAIL = 0.85  # of the smaller side of the smaller picture: the resolution at which pixels are compared
+REGISTERED_SIDE = 64  # pixels; registration is accurate to a small part of a pixel
+MAX_INNER = 0.3  # standard deviations of the grey levels by which no place of two copies may differ
+FRAME = 0.12  # of the sides; within this frame, stamped dates and borders
+MAX_OUTER, MAX_OUTER_SHARE = 0.4, 0.035  # may differ by more than MAX_OUTER in so large a share of the picture
+MAX_SHEAR = 0.02  # of the registration: copies are not rotated
+DARK, BRIGHT = 8, 247  # grey levels from which on a picture may be clipped
+NUM_DRAWN, NUM_COLUMNS = 6, 4  # groups, and files of each, in the drawing
+DRAWN_PIXELS, NAME_LENGTH = 240, 28
+BEST, EQUAL, SAME = "best copy", "equal bytes", "same photograph"
+
+
+def find_duplicates(files, cache_dir, num_workers=0):
+    """The groups of files that are the same photograph, the largest first.
+
+    files: (path, bytes, modification time in ns) of each. cache_dir: folder where hashes are kept; None: they are not.
+    Returns lists of `search.hashes.Picture`, the best copy first: most pixels, then most bytes per pixel, then oldest. All others
+    match the best one; relation says how. Pictures that cannot be read are left out; how many is printed.
+    Raises UserError where cache_dir cannot be used.
+    """
+    with Hashes(cache_dir) as hashes:
+        problems = hashes.update(files, num_workers)
+        if problems:
+            print(f"left out {len(problems):,} pictures that cannot be decoded")
+        return group(hashes.pictures(), hashes.small)
+
+
+def group(pictures, read_small):
+    """As `find_duplicates`, for `search.hashes.Picture`s. read_small: path -> small grey version, (SIDE, SIDE) uint8."""
+    pictures = sorted(pictures, key=lambda p: (-p.width * p.height, -p.bytes / (p.width * p.height), p.date, p.path))
+    equal = defaultdict(list)
+    for picture in pictures:
+        equal[picture.digest].append(picture)
+    firsts = [copies[0] for copies in equal.values()]
+    read_small, groups = functools.lru_cache(maxsize=4096)(read_small), []
+    for matches in matching(firsts, read_small):
+        best, *others = (picture for first in matches for picture in equal[first.digest])
+        if others:
+            best.relation = BEST
+            for picture in others:
+                picture.relation = EQUAL if picture.digest == best.digest else SAME
+            groups.append([best, *sorted(others, key=lambda picture: picture.relation != EQUAL)])
+    return sorted(groups, key=len, reverse=True)
+
+
+def matching(pictures, read_small):
+    """Yields each picture that is the best of its copies, best first, with its copies: a list of lists.
+
+    Pictures that are near a copy in turn are compared, too, but always with the best: else a burst would become one chain.
+    """
+    neighbours, grouped = near_pairs(pictures), set()
+    for i, best in enumerate(tqdm(pictures, desc="comparing", leave=False, unit="img", disable=None)):
+        if i in grouped:
+            continue
+        found, seen, pending = [best], {i}, deque([i])
+        while pending:
+            for j in neighbours[pending.popleft()]:
+                if j in seen or j in grouped:
+                    continue
+                seen.add(j)
+                if same_photograph(best, pictures[j], read_small):
+                    found.append(pictures[j])
+                    grouped.add(j)
+                    pending.append(j)
+        yield found
+
+
+def near_pairs(pictures):
+    """{position: positions of pictures with a hash that differs in at most MAX_BITS bits}, in both directions.
+
+    Found with faiss's multi-index hashing (Norouzi et al. 2012).
+    """
+    import faiss
+
+    rows = np.array([i for i, picture in enumerate(pictures) if picture.codes is not None], dtype=np.int64)
+    neighbours = defaultdict(set)
+    if len(rows) < 2:
+        return neighbours
+    codes = np.stack([pictures[i].codes for i in rows])  # (n, len(BOXES), BITS / 8)
+    index = faiss.IndexBinaryMultiHash(BITS, TABLES, TABLE_BITS)
+    index.nflip = 1
+    index.add(np.ascontiguousarray(codes[:, 0]))
+    for box in tqdm(range(len(BOXES)), desc="near hashes", leave=False, disable=None):
+        ends, _, found = index.range_search(np.ascontiguousarray(codes[:, box]), MAX_BITS + 1)  # those below that
+        queries = np.repeat(np.arange(len(rows)), np.diff(ends.astype(np.int64)))
+        for i, j in zip(rows[queries].tolist(), rows[found].tolist()):
+            if i != j:
+                neighbours[i].add(j)
+                neighbours[j].add(i)
+    return neighbours
+
+
+def same_photograph(a, b, read_small):
+    """Whether two `search.hashes.Picture`s that have a hash are the same photograph, by their small grey versions."""
+    bits, box, a_is_cropped = differing_bits(a.codes, b.codes)
+    if bits > MAX_BITS_IN_GROUP:
+        return False
+    side = min(SIDE, int(DETAIL * min(a.width, a.height, b.width, b.height)))
+    a, b = (reduce(read_small(picture.path), side) for picture in (a, b))
+    if not a_is_cropped:
+        a, b = b, a
+    warp = box_warp(BOXES[box], side)
+    return no_difference(a, b, warp) or ((warp := register(a, b, warp)) is not None and no_difference(a, b, warp))
+
+
+def reduce(small, side):
+    """A small grey picture at a lower resolution, smoothed so that parts of a pixel's width do not matter: (side, side) uint8."""
+    small = small if side == len(small) else cv2.resize(small, (side, side), interpolation=cv2.INTER_AREA)
+    return cv2.GaussianBlur(small, (0, 0), 1.2)
+
+
+def box_warp(box, side):
+    """The matrix, (2, 3), that maps a pixel (x, y, 1) of a picture to that of another one, of which it shows only a box."""
+    left, top, right, bottom = box
+    scale = np.array([right - left, bottom - top])
+    shift = np.array([left, top]) * side + (scale - 1) / 2  # the centre of the first pixel is at 0, not at a half
+    return np.column_stack([np.diag(scale), shift]).astype(np.float32)
+
+
+def register(a, b, warp):
+    """Improves a warp of b's pixels to a's by maximising their correlation (ECC; Evangelidis and Psarakis 2008).
+
+    a, b: (side, side) uint8. First at a low resolution. Returns None where that does not converge.
+    """
+    low = min(REGISTERED_SIDE, len(a))
+    try:
+        for side, steps in ((low, 40), (len(a), 8)):
+            small_a, small_b = (cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA) for picture in (a, b))
+            warp = scale_warp(warp, side / (len(a) if side == low else low))
+            stop = (cv2.TERM_CRITERIA_COUNT + cv2.TERM_CRITERIA_EPS, steps, 1e-4)
+            _, warp = cv2.findTransformECC(small_b, small_a, warp, cv2.MOTION_AFFINE, stop, not_clipped(small_a), 3)
+    except cv2.error:
+        return None
+    return warp if max(abs(warp[0, 1]), abs(warp[1, 0])) <= MAX_SHEAR else None
+
+
+def scale_warp(warp, factor):
+    """The same warp of pictures that are `factor` times as large."""
+    offset = np.full(2, (factor - 1) / 2)
+    shift = factor * warp[:, 2] + offset - warp[:, :2] @ offset
+    return np.column_stack([warp[:, :2], shift]).astype(np.float32)
+
+
+def not_clipped(picture):
+    """1 where a picture and the pixels beside are neither black nor white, else 0: (side, side) uint8."""
+    return cv2.erode(cv2.inRange(picture, DARK, BRIGHT) // 255, np.ones((3, 3)), borderType=cv2.BORDER_REPLICATE)
+
+
+def no_difference(a, b, warp):
+    """Whether b has what the warp takes from a at each place, up to a change of tones. a, b: (side, side) uint8.
+
+    A cubic polynomial takes the tones of one to those of the other, as brightness, contrast and gamma do. What remains is
+    averaged around each place. Near the edges a small part may differ: a date, a signature, what is left of a border.
+    """
+    side, flags = len(a), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    moved = cv2.warpAffine(a.astype(np.float32), warp, (side, side), flags=flags)
+    inside = cv2.warpAffine(not_clipped(a).astype(np.float32), warp, (side, side), flags=flags) > 0.999
+    inside &= not_clipped(b) > 0
+    if inside.mean() < 0.15:
+        return False
+    x, y = moved[inside], b[inside].astype(np.float32)
+    if x.std() < y.std():
+        x, y = y, x  # the picture with more contrast predicts the other
+    x, y = ((values - values.mean()) / max(values.std(), MIN_SPREAD) for values in (x, y))
+    powers = np.stack([np.ones_like(x), x, x**2, x**3], axis=1)
+    rest = np.zeros((side, side), dtype=np.float32)
+    rest[inside] = powers @ np.linalg.lstsq(powers, y, rcond=None)[0] - y
+    width = max(3, round(side / 12))
+    local = np.sqrt(np.maximum(cv2.blur(rest**2, (width, width), borderType=cv2.BORDER_REFLECT), 0))
+    frame = round(FRAME * side)
+    inner = local[frame:-frame, frame:-frame]
+    outer_share = ((local > MAX_OUTER).sum() - (inner > MAX_OUTER).sum()) / local.size
+    return bool(inner.max() <= MAX_INNER and outer_share <= MAX_OUTER_SHARE)
+
+
+def as_records(groups):
+    """Groups as plain values, for JSON."""
+    names = ("path", "width", "height", "bytes", "date", "relation")
+    return [[{name: getattr(picture, name) for name in names} for picture in group] for group in groups]
+
+
+def draw_duplicates(groups, output):
+    """Draws the first copies of the first groups into a PNG, a row for each group, the best copy at the left."""
+    groups = groups[:NUM_DRAWN]
+    columns = min(NUM_COLUMNS, max(map(len, groups)))
+    figure = plt.figure(figsize=(2.3 * columns, 2.9 * len(groups)), layout="constrained")
+    for subfigure, group in zip(figure.subfigures(len(groups), 1, squeeze=False).flat, groups):
+        shown = group[:columns]
+        hidden = f", {len(group) - columns} more not shown" if len(group) > columns else ""
+        subfigure.suptitle(f"{len(group)} files{hidden}", fontsize=10, x=0.01, ha="left")
+        titles = [
+            f"{Path(picture.path).name[-NAME_LENGTH:]}\n{picture.width} x {picture.height}, {picture.bytes / 1000:,.0f} kB\n"
+            f"{picture.relation}"
+            for picture in shown
+        ]
+        pictures = [read_image(picture.path, DRAWN_PIXELS) for picture in shown]
+        plots.draw_row(subfigure.subplots(1, columns, squeeze=False)[0], pictures, titles, correct=0)
+    plots.save(figure, output)
