@@ -7,9 +7,10 @@ among all originals by itself, and then all files at once. Bursts are pairs of d
 
 - an object moved: an oval piece of another photograph, at two places, and a camera that moved by up to 2% at each edge;
 - another object: two overlapping crops, 5% to 12% apart, with different pieces at the same place;
-- bent: a textured part of the picture is pulled aside by 4% to 7% of its width, as a head or an arm that moves.
+- bent: a part of the picture is pulled aside by 4% to 7% of its width, as a head or an arm that moves.
 
-All frames have noise and are compressed. Real ones are photographs with neighbouring numbers, which one person uploaded together.
+All frames have noise and are compressed. Of real photographs, the pairs with the nearest hashes are compared, and the pairs
+with neighbouring numbers, which were uploaded together and are often of one scene.
 """
 
 import re
@@ -24,14 +25,14 @@ import numpy as np
 from measure import ROOT, report
 
 from config import run_cli
-from search import duplicates
 from search.duplicates import find_duplicates, group, same_photograph
 from search.gallery import find_pictures
-from search.hashes import BITS, BOXES, Hashes, Picture, box_codes
+from search.hashes import Hashes, differing_bits, hash_file
 from utils.errors import UserError, run_command
 
-NEIGHBOURING = 50  # difference of the numbers that begin the names of Flickr's photographs
-ALIKE_BITS = 105  # real bursts differ in at most so many bits; unrelated photographs in 128 on average
+NUM_NEAREST = 2000  # pairs with the nearest hashes among the real photographs
+NEIGHBOURING = 200  # difference of the numbers that begin the names of Flickr's photographs, if uploaded together
+ALIKE_BITS = 112  # of pairs with neighbouring numbers; in unrelated photographs 128 bits of 256 differ
 
 
 def jpeg(picture, quality=90):
@@ -73,7 +74,9 @@ def colours(picture, rng):
 
 def turned(picture, rng):
     """Stored rotated, with EXIF's orientation, which takes it back."""
-    orientation, rotation = [(3, cv2.ROTATE_180), (6, cv2.ROTATE_90_COUNTERCLOCKWISE), (8, cv2.ROTATE_90_CLOCKWISE)][rng.integers(3)]
+    orientation, rotation = [(3, cv2.ROTATE_180), (6, cv2.ROTATE_90_COUNTERCLOCKWISE), (8, cv2.ROTATE_90_CLOCKWISE)][
+        rng.integers(3)
+    ]
     entry = b"\x12\x01\x03\x00\x01\x00\x00\x00" + bytes([orientation, 0, 0, 0])
     exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0" + entry + b"\0\0\0\0"
     contents = jpeg(cv2.rotate(picture, rotation))
@@ -143,11 +146,13 @@ def replaced(picture, other, third, rng):
     return [frame(pasted(view, o, y * height, x * width, radius), rng) for view, o in zip(views, (other, third))]
 
 
-def bent(picture, *_, rng):
+def bent(picture, scale, rng):
+    """scale: of the edges that are pulled, in shares of the width."""
     height, width = picture.shape[:2]
     rows, columns = np.mgrid[:height, :width].astype(np.float32)
-    edges = np.abs(cv2.Laplacian(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), cv2.CV_32F))
-    chance, margin = cv2.GaussianBlur(edges, (0, 0), 12) ** 2, round(0.15 * min(height, width))
+    grey = cv2.GaussianBlur(cv2.cvtColor(picture, cv2.COLOR_BGR2GRAY), (0, 0), scale * width)
+    chance = cv2.GaussianBlur(np.abs(cv2.Laplacian(grey, cv2.CV_32F)), (0, 0), 0.05 * width) ** 2
+    margin = round(0.15 * min(height, width))
     inner = chance[margin:-margin, margin:-margin].astype(float)
     y, x = np.unravel_index(rng.choice(inner.size, p=inner.ravel() / inner.sum()), inner.shape)
     radius, pull, angle = rng.uniform(0.08, 0.12) * width, rng.uniform(0.04, 0.07) * width, rng.uniform(0, 2 * np.pi)
@@ -157,10 +162,11 @@ def bent(picture, *_, rng):
     return frame(picture, rng), frame(cut(second, *rng.uniform(0, 0.02, size=4)), rng)
 
 
-BURSTS = {
+BURSTS = {  # (picture, two other ones, rng) -> the bytes of two files
     "an object moved": moved,
     "another object": replaced,
-    "bent": lambda picture, other, third, rng: bent(picture, rng=rng),
+    "bent at an edge of an object": lambda picture, *_, rng: bent(picture, 0.02, rng),
+    "bent at fine texture, as grass": lambda picture, *_, rng: bent(picture, 0.003, rng),
 }
 
 
@@ -207,7 +213,9 @@ def measure_copies(originals, folder, cache_dir):
         true_pairs, num_pairs = true_pairs + num_true, num_pairs + num_found
         at_once = f"{recall(place, written[kind]):.1f}" if kind in looked_for else ""
         rows.append([kind, f"{recall(by_itself, written[kind]):.1f}", at_once])
-    rows.append(["precision of all pairs found", f"{100 * true_pairs / num_pairs:.2f}", f"{100 * true_together / together:.2f}"])
+    rows.append(
+        ["precision of all pairs found", f"{100 * true_pairs / num_pairs:.2f}", f"{100 * true_together / together:.2f}"]
+    )
     rows.append(["pairs found", f"{num_pairs:,}", f"{together:,}"])
     return rows
 
@@ -227,19 +235,92 @@ def measure_bursts(originals, folder, cache_dir):
 
 
 def measure_real_bursts(images, cache_dir):
-    """All photographs: a row with the groups that were found, and one with the bursts. The groups are printed to be looked at."""
+    """Rows (what, count) on all photographs as they are. What was grouped is printed, to be looked at."""
     with Hashes(cache_dir) as hashes:
         hashes.update(find_pictures(images), 2)
-        pictures, numbered = hashes.pictures(), []
+        pictures = [picture for picture in hashes.pictures() if picture.codes is not None]
+        equal = [[Path(picture.path).name for picture in found] for found in group(pictures, hashes.small)]
+        bits = 2.0 * np.unpackbits(np.stack([picture.codes[0] for picture in pictures]), axis=1).astype(np.float32) - 1
+        alike = np.triu(bits @ bits.T, 1)  # larger where fewer bits differ
+        nearest = np.argsort(alike, axis=None)[-NUM_NEAREST:]
+        neighbours = [(a, b) for a, b in zip(*np.unravel_index(nearest, alike.shape))]
+        number = [int(re.match(r"\d+", Path(picture.path).name)[0]) for picture in pictures]
+        order = np.argsort(number)
+        for i, a in enumerate(order):
+            near = (b for b in order[i + 1 :][:NEIGHBOURING] if number[b] - number[a] <= NEIGHBOURING)
+            neighbours += [(a, b) for b in near if differing_bits(pictures[a].codes, pictures[b].codes)[0] <= ALIKE_BITS]
+        pairs = [(pictures[a], pictures[b]) for a, b in neighbours if pictures[a].digest != pictures[b].digest]
+        same = [(Path(a.path).name, Path(b.path).name) for a, b in pairs if same_photograph(a, b, hashes.small)]
+    print(f"groups among all photographs: {equal}\nsame photograph among {len(pairs):,} alike ones: {same}", flush=True)
+    return [[f"real pictures that are alike, {len(pairs):,} pairs: the same photograph", str(len(same)), ""]]
+
+
+def measure_speed(originals, folder, num_pictures):
+    """Rows (what, seconds or milliseconds): hashing real files, and comparing many pictures, most of them drawn."""
+    rng, cache_dir = np.random.default_rng(0), folder / "many"
+    large = folder / "large.jpg"
+    large.write_bytes(jpeg(cv2.resize(cv2.imread(str(originals[0])), (4000, 3000), interpolation=cv2.INTER_CUBIC)))
+    paths = []
+    for number, path in enumerate(originals):
+        picture = cv2.imread(str(path))
+        for name in ("JPEG, quality 40", "cropped: 5% off each edge"):
+            paths.append(folder / f"{number}-{len(paths)}-speed.jpg")
+            paths[-1].write_bytes(KINDS[name](picture, rng))
+    with Hashes(cache_dir) as hashes:
+        started = time.perf_counter()
+        hashes.update(files_of(paths + originals), 1)
+        hashing = 1000 * (time.perf_counter() - started) / len(paths + originals)
+        started = time.perf_counter()
+        hash_file(large)
+        large_ms = 1000 * (time.perf_counter() - started)
+        real = hashes.pictures()
+        share = np.stack([np.unpackbits(picture.codes, axis=1) for picture in real if picture.codes is not None]).mean(axis=0)
+        smalls = [hashes.database.execute("SELECT small FROM pictures WHERE small NOT NULL LIMIT 1").fetchone()[0]]
+        drawn = [(f"/drawn/{number:09d}.jpg", 1, 1) for number in range(num_pictures - len(real))]
+        for start in range(0, len(drawn), 1000):
+            some = drawn[start : start + 1000]
+            codes = np.packbits(rng.random((len(some), *share.shape)) < share, axis=2)
+            hashes.write([(*f, rng.bytes(16), 224, 224, "", c.tobytes(), smalls[0]) for f, c in zip(some, codes)])
+        hashes.update(files_of(paths + originals) + drawn, 1)
+        started = time.perf_counter()
+        pictures = hashes.pictures()
+        loaded = time.perf_counter() - started
         groups = group(pictures, hashes.small)
-        for picture in pictures:
-            if number := re.match(r"\d+", Path(picture.path).name):
-                numbered.append((int(number[0]), picture))
-    return groups, numbered
+        seconds = time.perf_counter() - started
+    print(f"{len(groups):,} groups; {loaded:.1f} s to load")
+    return [
+        ["ms to hash a file of 224 x 224 pixels, of 12 megapixels", f"{hashing:.1f}, {large_ms:.0f}", ""],
+        [f"s to compare {num_pictures:,} hashed pictures, {len(groups):,} groups among them", f"{seconds:.0f}", ""],
+    ]
 
 
-def measure(images: str = str(ROOT.parent / "shared/flickr8k/Images"), originals: int = 1000, json_path: str = ""):
-    pass
+def measure(
+    images: str = str(ROOT.parent / "shared/flickr8k/Images"),
+    originals: int = 1000,
+    pictures: int = 100_000,
+    json_path: str = "",
+):
+    """Makes copies and bursts, searches them, and measures time.
+
+    Args:
+        images: folder of real photographs, with Flickr's names
+        originals: photographs of which copies are made
+        pictures: pictures to compare when time is measured
+        json_path: file for the results
+    """
+    paths = sorted(Path(images).glob("*.jpg"))
+    if len(paths) < originals:
+        raise UserError(f"--images {images}: fewer than {originals} pictures there")
+    chosen = [paths[i] for i in np.random.default_rng(0).permutation(len(paths))[:originals]]
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        rows = measure_copies(chosen, folder, folder / "cache")
+        rows += measure_bursts(chosen, folder, folder / "cache")
+        rows += measure_real_bursts(images, folder / "cache")
+        rows += measure_speed(chosen, folder, pictures)
+    columns = ["kind of copy", "found, %: this kind only", "all kinds at once"]
+    note = f"{originals:,} photographs of Flickr8k (224 x 224 pixels) and a copy of each in each kind"
+    report("Duplicates", columns, rows, json_path, [0, 1], note=note)
 
 
 if __name__ == "__main__":

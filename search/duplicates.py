@@ -1,7 +1,7 @@
 """Files that are the same photograph: equal bytes, or saved again, resized, lightly cropped, recoloured.
 
-Perceptual hashes (`search.hashes`) propose pairs. Each pair is then registered, which means that one picture is moved and scaled
-onto the other, and their pixels are compared: in two pictures of a burst something has moved, which a hash does not see.
+Perceptual hashes (`search.hashes`) propose pairs. One picture of a pair is then moved and scaled onto the other, and their
+pixels are compared: in two pictures of a burst something has moved, which a hash does not see.
 """
 
 import functools
@@ -26,7 +26,8 @@ MAX_INNER = 0.3  # standard deviations of the grey levels by which no place of t
 FRAME = 0.12  # of the sides; within this frame, stamped dates and borders
 MAX_OUTER, MAX_OUTER_SHARE = 0.4, 0.035  # may differ by more than MAX_OUTER in so large a share of the picture
 MAX_SHEAR = 0.02  # of the registration: copies are not rotated
-DARK, BRIGHT = 8, 247  # grey levels from which on a picture may be clipped
+MIN_COMMON = 0.15  # share of the picture that both have, and where neither is clipped
+DARK, BRIGHT = 5, 250  # grey levels from which on a picture may be clipped
 NUM_DRAWN, NUM_COLUMNS = 6, 4  # groups, and files of each, in the drawing
 DRAWN_PIXELS, NAME_LENGTH = 240, 28
 BEST, EQUAL, SAME = "best copy", "equal bytes", "same photograph"
@@ -36,8 +37,9 @@ def find_duplicates(files, cache_dir, num_workers=0):
     """The groups of files that are the same photograph, the largest first.
 
     files: (path, bytes, modification time in ns) of each. cache_dir: folder where hashes are kept; None: they are not.
-    Returns lists of `search.hashes.Picture`, the best copy first: most pixels, then most bytes per pixel, then oldest. All others
-    match the best one; relation says how. Pictures that cannot be read are left out; how many is printed.
+    Returns lists of `search.hashes.Picture`, the best copy first: most pixels, then most bytes per pixel, then oldest. Each
+    of the others is compared with the best one; relation says how it matches. Pictures that cannot be read are left out; how
+    many is printed.
     Raises UserError where cache_dir cannot be used.
     """
     with Hashes(cache_dir) as hashes:
@@ -126,7 +128,7 @@ def same_photograph(a, b, read_small):
 
 
 def reduce(small, side):
-    """A small grey picture at a lower resolution, smoothed so that parts of a pixel's width do not matter: (side, side) uint8."""
+    """A small grey picture at a lower resolution, (side, side) uint8, smoothed, as copies may be a part of a pixel apart."""
     small = small if side == len(small) else cv2.resize(small, (side, side), interpolation=cv2.INTER_AREA)
     return cv2.GaussianBlur(small, (0, 0), 1.2)
 
@@ -171,28 +173,38 @@ def not_clipped(picture):
 def no_difference(a, b, warp):
     """Whether b has what the warp takes from a at each place, up to a change of tones. a, b: (side, side) uint8.
 
-    A cubic polynomial takes the tones of one to those of the other, as brightness, contrast and gamma do. What remains is
-    averaged around each place. Near the edges a small part may differ: a date, a signature, what is left of a border.
+    Near the edges a small part may differ: a date, a signature, what is left of a border.
+    """
+    rest = remaining(a, b, warp)
+    if rest is None:
+        return False
+    width, frame = max(3, round(len(a) / 12)), round(FRAME * len(a))
+    local = np.sqrt(np.maximum(cv2.blur(rest**2, (width, width), borderType=cv2.BORDER_REFLECT), 0))
+    inner = local[frame:-frame, frame:-frame]
+    outer_share = ((local > MAX_OUTER).sum() - (inner > MAX_OUTER).sum()) / local.size
+    return bool(inner.max() <= MAX_INNER and outer_share <= MAX_OUTER_SHARE)
+
+
+def remaining(a, b, warp):
+    """What b differs from a by: (side, side) float32 in standard deviations; None where they have too little in common.
+
+    A cubic polynomial takes the tones of one to those of the other, as brightness, contrast and gamma do.
     """
     side, flags = len(a), cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     moved = cv2.warpAffine(a.astype(np.float32), warp, (side, side), flags=flags)
     inside = cv2.warpAffine(not_clipped(a).astype(np.float32), warp, (side, side), flags=flags) > 0.999
     inside &= not_clipped(b) > 0
-    if inside.mean() < 0.15:
-        return False
+    if inside.mean() < MIN_COMMON:
+        return None
     x, y = moved[inside], b[inside].astype(np.float32)
     if x.std() < y.std():
         x, y = y, x  # the picture with more contrast predicts the other
     x, y = ((values - values.mean()) / max(values.std(), MIN_SPREAD) for values in (x, y))
-    powers = np.stack([np.ones_like(x), x, x**2, x**3], axis=1)
+    powers = np.stack([np.ones_like(x), x, x * x, x * x * x])
+    weights = np.linalg.lstsq(powers @ powers.T, powers @ y, rcond=None)[0]  # least squares by the normal equations
     rest = np.zeros((side, side), dtype=np.float32)
-    rest[inside] = powers @ np.linalg.lstsq(powers, y, rcond=None)[0] - y
-    width = max(3, round(side / 12))
-    local = np.sqrt(np.maximum(cv2.blur(rest**2, (width, width), borderType=cv2.BORDER_REFLECT), 0))
-    frame = round(FRAME * side)
-    inner = local[frame:-frame, frame:-frame]
-    outer_share = ((local > MAX_OUTER).sum() - (inner > MAX_OUTER).sum()) / local.size
-    return bool(inner.max() <= MAX_INNER and outer_share <= MAX_OUTER_SHARE)
+    rest[inside] = weights @ powers - y
+    return rest
 
 
 def as_records(groups):

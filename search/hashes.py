@@ -1,9 +1,9 @@
 """Perceptual hashes of pictures, kept in a SQLite file, so that a later search for duplicates only reads new and changed ones.
 
 A hash has a bit for each of a picture's BITS lowest frequencies: the sign of its coefficient in the discrete cosine transform
-(as pHash; C. Zauner 2010). Size, compression and brightness hardly change it. A crop does, so there is also a hash of each of
-some crops: the one that was made later is then like one of these. Beside the hashes a small grey version of the picture is kept,
-for a comparison of pixels.
+(as pHash; C. Zauner 2010). Size, compression and brightness hardly change it. A crop does, so some crops of each picture are
+hashed, too: a copy that was cropped is like one of these. Beside the hashes a small grey version of the picture is kept, for a
+comparison of pixels.
 """
 
 import contextlib
@@ -66,8 +66,9 @@ class Picture:
 
 
 class Hashes:
-    """The hashes of picture files; a context, which closes the file. cache_dir: folder of the SQLite file; None: in memory only.
+    """The hashes of picture files; a context, which closes the SQLite file at its end.
 
+    cache_dir: folder of that file; None: in memory only.
     Raises UserError where the folder cannot be used or the file is damaged, here and in the methods.
     """
 
@@ -166,8 +167,9 @@ def hash_file(path):
 
 
 def decode_grey(contents):
-    """The bytes of a picture file -> (grey picture, perhaps reduced, (h, w) uint8; full width; full height), EXIF rotation applied.
+    """The bytes of a picture file -> (grey, width, height), EXIF rotation applied.
 
+    grey: (h, w) uint8, perhaps reduced in size; width and height are the full ones.
     Raises ValueError where it cannot be decoded.
     """
     try:
