@@ -217,7 +217,8 @@ def draw_duplicates(groups, output):
     """Draws the first copies of the first groups into a PNG, a row for each group, the best copy at the left."""
     groups = groups[:NUM_DRAWN]
     columns = min(NUM_COLUMNS, max(map(len, groups)))
-    figure = plt.figure(figsize=(2.3 * columns, 2.9 * len(groups)), layout="constrained")
+    figure = plt.figure(figsize=(2.3 * columns, 3.1 * len(groups)), layout="constrained")
+    figure.get_layout_engine().set(h_pad=0.1)  # inches, between the lines of text
     for subfigure, group in zip(figure.subfigures(len(groups), 1, squeeze=False).flat, groups):
         shown = group[:columns]
         hidden = f", {len(group) - columns} more not shown" if len(group) > columns else ""

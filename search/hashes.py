@@ -102,7 +102,7 @@ class Hashes:
 
         Returns what is wrong with each file that cannot be read, as texts.
         """
-        rows, problems = [], []
+        files, rows, problems = list(files), [], []  # listed first: finding them can take long, and a transaction locks
         with self.errors(), warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
             with self.database:
