@@ -43,7 +43,8 @@ WRITE_EVERY = 512  # pictures that a killed process may have read in vain
 TIMEOUT = 60  # seconds to wait for another command's transaction
 ORIENTATION = 0x0112  # tag of the EXIF standard; from 5 on, width and height are exchanged
 
-FREQUENCIES = sorted(((i, j) for i in range(GRID) for j in range(GRID) if i + j), key=lambda ij: (sum(ij), ij))[:BITS]
+# Row and column of the BITS lowest frequencies, (2, BITS); that of the mean is left out.
+FREQUENCIES = np.array(sorted(np.ndindex(GRID, GRID), key=lambda ij: (sum(ij), ij))[1 : BITS + 1]).T
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS pictures (path TEXT PRIMARY KEY, bytes INTEGER, changed INTEGER, digest BLOB, width INTEGER, "
     "height INTEGER, date TEXT, codes BLOB, small BLOB)",  # changed: in ns; codes, small: NULL where there is no hash
@@ -205,7 +206,7 @@ def without_border(grey):
 
 def box_codes(small):
     """The hashes of a small grey picture's BOXES: (len(BOXES), BITS / 8) uint8, BITS in each row, lowest frequencies first."""
-    rows, columns = zip(*FREQUENCIES)
+    rows, columns = FREQUENCIES
     bits = []
     for box in BOXES:
         left, top, right, bottom = (round(share * len(small)) for share in box)
