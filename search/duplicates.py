@@ -22,9 +22,13 @@ MAX_BITS_IN_GROUP = 96  # differing bits to the best copy, if a picture was foun
 TABLES, TABLE_BITS = 4, 18  # two hashes are compared where one of TABLES runs of TABLE_BITS bits differs in one bit at most
 DETAIL = 0.85  # of the smaller side of the smaller picture: the resolution at which pixels are compared
 REGISTERED_SIDE = 64  # pixels; registration is accurate to a small part of a pixel
-MAX_INNER = 0.3  # standard deviations of the grey levels by which no place of two copies may differ
-FRAME = 0.12  # of the sides; within this frame, stamped dates and borders
-MAX_OUTER, MAX_OUTER_SHARE = 0.4, 0.035  # may differ by more than MAX_OUTER in so large a share of the picture
+MAX_INNER = 0.68  # difference at any place, relative to the contrast there, which copies stay below
+MIN_CONTRAST = 0.2  # that is counted, so that noise in an even sky is no difference; of the contrast of the whole picture
+FRAME = 0.14  # of the sides: in this frame a date may be stamped, or a border be left
+MAX_OUTER, MAX_OUTER_SHARE = (
+    0.4,
+    0.035,
+)  # differences there above MAX_OUTER, relative to the whole picture's contrast; their area
 MAX_SHEAR = 0.02  # of the registration: copies are not rotated
 MIN_COMMON = 0.15  # share of the picture that both have, and where neither is clipped
 DARK, BRIGHT = 5, 250  # grey levels from which on a picture may be clipped
@@ -178,11 +182,21 @@ def no_difference(a, b, warp):
     rest = remaining(a, b, warp)
     if rest is None:
         return False
-    width, frame = max(3, round(len(a) / 12)), round(FRAME * len(a))
-    local = np.sqrt(np.maximum(cv2.blur(rest**2, (width, width), borderType=cv2.BORDER_REFLECT), 0))
-    inner = local[frame:-frame, frame:-frame]
-    outer_share = ((local > MAX_OUTER).sum() - (inner > MAX_OUTER).sum()) / local.size
-    return bool(inner.max() <= MAX_INNER and outer_share <= MAX_OUTER_SHARE)
+    tones = b / max(b[not_clipped(b) > 0].std(), MIN_SPREAD)
+    contrast = np.maximum(local_mean(tones**2) - local_mean(tones) ** 2, 0)
+    differences = np.maximum(local_mean(rest**2), 0)
+    frame = round(FRAME * len(a))
+    inner = (slice(frame, -frame), slice(frame, -frame))
+    large = differences > MAX_OUTER**2
+    outer_share = (large.sum() - large[inner].sum()) / large.size
+    relative = differences / (contrast + MIN_CONTRAST**2)
+    return bool(relative[inner].max() <= MAX_INNER**2 and outer_share <= MAX_OUTER_SHARE)
+
+
+def local_mean(values):
+    """The mean around each place of an array, (side, side), over a twelfth of the sides."""
+    width = max(3, round(len(values) / 12))
+    return cv2.blur(values, (width, width), borderType=cv2.BORDER_REFLECT)
 
 
 def remaining(a, b, warp):

@@ -226,7 +226,7 @@ def test_broken_pictures_are_left_out_and_counted(folder, capsys):
 def test_few_pictures_and_odd_ones(tmp_path):
     assert found([]) == []
     assert found([write(tmp_path / "one.jpg", textured(0))]) == []
-    shapes = {"panorama": (40, 9000), "tower": (9000, 40), "line": (1, 500), "pixel": (1, 1), "small": (33, 35)}
+    shapes = {"panorama": (40, 9000), "column": (9000, 40), "line": (1, 500), "pixel": (1, 1), "small": (33, 35)}
     paths = [write(tmp_path / f"{name}.png", textured(20 + i, *shape)) for i, (name, shape) in enumerate(shapes.items())]
     alpha = np.dstack([textured(8), np.full((240, 320), 128, dtype=np.uint8)])
     paths += [write(tmp_path / "alpha.png", alpha), write(tmp_path / "deep.png", textured(8).astype(np.uint16) * 257)]
