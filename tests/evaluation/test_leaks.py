@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import pytest
 
-from evaluation.leaks import near_duplicates
 from utils.errors import UserError
 
 
@@ -52,11 +51,15 @@ def test_one_name_in_two_folders_is_found(folder, evaluate_here):
     assert found["same_name"] == ["0.png"] and found["near_duplicates"] == []
 
 
-def test_differing_bits_are_counted():
-    a = np.zeros((2, 256), dtype=bool)
-    b = a.copy()
-    b[0, :26], b[1, :27] = True, True
-    assert [column.tolist() for column in near_duplicates(a, b)] == [[0, 1], [0, 0], [26, 26]]
+def test_copies_within_a_split_are_no_leak_and_pairs_are_sorted(folder, evaluate_here):
+    for name, copies in (("0", ["1", "2"]), ("3", ["5"])):  # the first two are both for training
+        picture = cv2.imread(str(folder / "Images" / f"{name}.png"))
+        for number, copy in enumerate(copies):
+            cv2.imwrite(str(folder / "Images" / f"{copy}.png"), picture[12 * number :, : 160 - 16 * number])
+    evaluate_here("leaks", "--data-dir", folder, "--json", folder / "found.json")
+    pairs = json.loads((folder / "found.json").read_text())["near_duplicates"]
+    assert pairs[0] == {"test": "5.png", "val": "3.png", "differing_bits": 0}
+    assert [(pair["train"], pair["val"]) for pair in pairs[1:]] == [("0.png", "2.png"), ("1.png", "2.png")]
 
 
 def test_a_folder_that_is_not_named_and_a_broken_picture_end_in_a_line(folder, evaluate_here):
