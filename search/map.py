@@ -24,7 +24,11 @@ from utils.images import center_crop, read_images
 MAX_PICTURES = 50_000  # t-SNE of more takes many minutes
 FEW = 10  # fewer pictures have too few neighbours for t-SNE, and are laid out by their principal components
 COMPONENTS = 50  # principal components that t-SNE compares
-PERPLEXITY = 30  # t-SNE's: about how many neighbours each picture has
+PERPLEXITY = 30  # about how many neighbours of each picture t-SNE heeds
+ITERATIONS, ANGLE = (
+    500,
+    0.7,
+)  # of t-SNE; twice as many, and 0.5, keep hardly more neighbours in three times as long (docs/map.md)
 MAX_WORDS = 8  # in a group's name, where there are captions that short
 CELLS_PER_PICTURE = 2  # free cells keep the gaps that t-SNE leaves between groups
 SIDES = (256, 192, 128, 96, 64, 48, 32)  # of thumbnails, in pixels; multiples of JPEG's blocks of 16, which then do not mix
@@ -99,7 +103,8 @@ def lay_out(embeddings):
 
         perplexity = min(PERPLEXITY, (len(points) - 1) / 3)
         start = 1e-4 * points / spread  # as small as scikit-learn's, which divides by zero where all pictures are the same
-        points = TSNE(perplexity=perplexity, init=start, random_state=0).fit_transform(components)
+        tsne = TSNE(perplexity=perplexity, init=start, max_iter=ITERATIONS, angle=ANGLE, random_state=0)
+        points = tsne.fit_transform(components)
     low, high = points.min(axis=0), points.max(axis=0)
     return 0.5 + (points - (low + high) / 2) / max((high - low).max(), 1e-12)
 
