@@ -114,9 +114,9 @@ def same_group(neighbours, labels):
 
 
 def read_run(run, cache_dir):
-    """A run's n pictures: (paths, embeddings, means of their own captions' embeddings), (n, d_e) each, float32; and its captions.
+    """(paths, embeddings, means of their own captions' embeddings, captions) of a run's n pictures.
 
-    The captions are as `embed_captions` has them.
+    The embeddings are (n, d_e), float32; the captions are as `embed_captions` has them.
     """
     model, device, dtype = open_model(run, "auto", "auto")
     table, image_dir = read_data(run)
