@@ -318,7 +318,7 @@ def test_pointing_shows_the_picture_larger_and_zooming_keeps_it_in_place(opened,
     assert tab.locator("#preview .file").inner_text() == HOSTILE
     assert tab.locator("#preview img").get_attribute("alt") == HOSTILE
     tab.wait_for_function("document.querySelector('#preview img').naturalWidth === 64")  # of the file, not of the thumbnail
-    assert tab.locator("#preview .group").inner_text() == "A red picture"
+    assert tab.locator("#preview .group").inner_text() == "group: A red picture"
     SCREENSHOTS.mkdir(exist_ok=True)
     tab.screenshot(path=SCREENSHOTS / "map.png")
     tab.mouse.click(*place)
