@@ -38,6 +38,7 @@ SHEET = 2048  # height and width of a sheet of thumbnails, in pixels
 JPEG_QUALITY = 75
 MARK = "{{data}}"  # in the template
 PNG_SIDE, PNG_MARGIN, PNG_TILE = 2000, 40, 44  # pixels; tiles have this side at least
+PNG_LEAST = 500  # pixels, so that names fit into a small map
 WRAP = 24  # characters in a line of a label
 
 
@@ -60,6 +61,7 @@ def make_map(embeddings, paths, captions, caption_embeddings, output, num_worker
     output = Path(output)
     if output.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--map {output}: must end in .html")
+    print(f"laying out {len(paths):,} pictures", flush=True)
     pictures = map_pictures(embeddings, paths, captions, caption_embeddings, num_workers)
     text = page(pictures, url_of)
     atomic_write(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
@@ -273,15 +275,17 @@ def visible(cells, level):
 
 
 def draw(pictures):
-    """A `PictureMap` as a PIL image of PNG_SIDE pixels, with the names of its groups."""
+    """A `PictureMap` as a PIL image with the names of its groups: PNG_SIDE pixels at most, less for few pictures."""
     from PIL import Image, ImageDraw
 
     used = int(pictures.cells.max()) + 1
     level = max(0, math.ceil(math.log2(PNG_TILE * used / (PNG_SIDE - 2 * PNG_MARGIN))))
     squares, positions = visible(pictures.cells, level)
     step = min(pictures.thumbnails.shape[1], (PNG_SIDE - 2 * PNG_MARGIN) // (int(squares.max()) + 1))
-    corner = (PNG_SIDE - step * (squares.max(axis=0) + 1)) // 2
-    image = Image.new("RGB", (PNG_SIDE, PNG_SIDE), "white")
+    extent = step * (squares.max(axis=0) + 1)
+    size = np.maximum(extent + 2 * PNG_MARGIN, PNG_LEAST)
+    corner = (size - extent) // 2
+    image = Image.new("RGB", tuple(size.tolist()), "white")
     canvas, palette = ImageDraw.Draw(image), colors(len(pictures.names))
     frame = max(1, step // 24)
     for square, position in zip(squares, positions):
@@ -311,7 +315,7 @@ def draw_names(canvas, pictures, place, palette):
         text = "\n".join(textwrap.wrap(name, WRAP))
         x, y = place(pictures.cells[pictures.labels == label].mean(axis=0) + 0.5)
         left, top, right, bottom = canvas.multiline_textbbox((x, y), text, font, anchor="mm", align="center")
-        shift_x = max(0, 20 - left) - max(0, right - PNG_SIDE + 20)
+        shift_x = max(0, 20 - left) - max(0, right - canvas.im.size[0] + 20)
         for shift in (0, -40, 40, -80, 80, -120, 120):
             box = (left - 12 + shift_x, top - 9 + shift, right + 12 + shift_x, bottom + 9 + shift)
             if not any(box[0] < b[2] and b[0] < box[2] and box[1] < b[3] and b[1] < box[3] for b in boxes):
