@@ -37,7 +37,7 @@ BYTES_PER_PIXEL = 0.35  # of a thumbnail in a sheet, as base64
 SHEET = 2048  # height and width of a sheet of thumbnails, in pixels
 JPEG_QUALITY = 75
 MARK = "{{data}}"  # in the template
-PNG_SIDE, PNG_MARGIN, PNG_TILE = 2000, 40, 44  # pixels; tiles have this side at least
+PNG_SIDE, PNG_MARGIN, PNG_TILE = 2000, 40, 38  # pixels; tiles have this side at least
 PNG_LEAST = 500  # pixels, so that names fit into a small map
 WRAP = 24  # characters in a line of a label
 
@@ -287,7 +287,7 @@ def draw(pictures):
     corner = (size - extent) // 2
     image = Image.new("RGB", tuple(size.tolist()), "white")
     canvas, palette = ImageDraw.Draw(image), colors(len(pictures.names))
-    frame = max(1, step // 24)
+    frame = min(4, max(1, step // 24))
     for square, position in zip(squares, positions):
         x, y = (int(value) for value in corner + step * square)
         canvas.rectangle((x, y, x + step - 2, y + step - 2), palette[pictures.labels[position]])
