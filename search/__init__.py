@@ -4,9 +4,11 @@ duplicates.py    files that are the same photograph
 export.py        export the two encoders to ONNX
 files.py         the picture files of a folder, or in tar files
 gallery.py       the pictures of a folder and their embeddings
+hashes.py        perceptual hashes of pictures, cached on disk
 index.py         nearest-neighbour search, exact or approximate
 live.py          a gallery that is searched while it grows
-map.py           a map of a collection, as a page and a picture
+map.html         the page of a map
+map.py           a map of a picture collection
 occlusion.py     heat maps: which parts of a picture match a text
 page/            what the browser gets: HTML, CSS and JavaScript
 queries.py       embed and answer queries: texts, pictures, class names
