@@ -275,7 +275,7 @@ def list_duplicates(options):
     copies = sum(len(group) - 1 for group in groups)
     print(f"{len(files):,} pictures: {copies:,} are copies of {len(groups):,} others")
     for group in groups:
-        print("\n".join(str(copy) for copy in group), end="\n\n")
+        print("\n".join(f"{picture.path}  ({picture.label()})" for picture in group), end="\n\n")
     if groups:
         draw_duplicates(groups, options.output)
         print(f"drawn in {options.output}")
@@ -286,7 +286,6 @@ def list_duplicates(options):
 def write_map(searcher, options):
     """Writes a map of all pictures as a page, and draws it."""
     from search.map import make_map
-
     from search.run_data import embed_captions
 
     gallery = find_gallery(searcher, options)

@@ -25,10 +25,8 @@ REGISTERED_SIDE = 64  # pixels; registration is accurate to a small part of a pi
 MAX_INNER = 0.68  # difference at any place, relative to the contrast there, which copies stay below
 MIN_CONTRAST = 0.2  # that is counted, so that noise in an even sky is no difference; of the contrast of the whole picture
 FRAME = 0.14  # of the sides: in this frame a date may be stamped, or a border be left
-MAX_OUTER, MAX_OUTER_SHARE = (
-    0.4,
-    0.035,
-)  # differences there above MAX_OUTER, relative to the whole picture's contrast; their area
+MAX_OUTER = 0.4  # difference there, relative to the whole picture's contrast, above which an area counts as changed
+MAX_OUTER_SHARE = 0.035  # of the picture, that may be changed
 MAX_SHEAR = 0.02  # of the registration: copies are not rotated
 MIN_COMMON = 0.15  # share of the picture that both have, and where neither is clipped
 DARK, BRIGHT = 5, 250  # grey levels from which on a picture may be clipped
@@ -237,11 +235,7 @@ def draw_duplicates(groups, output):
         shown = group[:columns]
         hidden = f", {len(group) - columns} more not shown" if len(group) > columns else ""
         subfigure.suptitle(f"{len(group)} files{hidden}", fontsize=10, x=0.01, ha="left")
-        titles = [
-            f"{Path(picture.path).name[-NAME_LENGTH:]}\n{picture.width} x {picture.height}, {picture.bytes / 1000:,.0f} kB\n"
-            f"{picture.relation}"
-            for picture in shown
-        ]
+        titles = [f"{Path(picture.path).name[-NAME_LENGTH:]}\n{picture.label()}" for picture in shown]
         pictures = [read_image(picture.path, DRAWN_PIXELS) for picture in shown]
         plots.draw_row(subfigure.subplots(1, columns, squeeze=False)[0], pictures, titles, correct=0)
     plots.save(figure, output)

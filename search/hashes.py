@@ -24,7 +24,8 @@ from utils.cache import cache_key
 from utils.errors import UserError
 from utils.exif import date_taken
 from utils.files import read_bytes
-from utils.images import HEIC_ENDINGS, MAX_PIXELS, read_ahead, read_heic
+from utils.formats import MAX_PIXELS, PILLOW_FORMATS, RAW_ENDINGS, decode
+from utils.images import read_ahead
 
 BITS = 256
 GRID = 32  # height and width of what is transformed
@@ -64,6 +65,10 @@ class Picture:
     relation: str = ""
     digest: bytes = field(default=b"", repr=False)  # of the file's contents
     codes: np.ndarray | None = field(default=None, repr=False)  # (len(BOXES), BITS / 8) uint8, or None without a hash
+
+    def label(self):
+        """What a person wants to know of it beside its name."""
+        return f"{self.width} x {self.height}, {self.bytes / 1000:,.0f} kB, {self.relation}"
 
 
 class Hashes:
@@ -153,9 +158,9 @@ def hash_file(path):
     codes: the bytes of `box_codes`. small: a JPEG of the small grey version. Raises ValueError or OSError where it cannot be
     decoded.
     """
-    contents = read_bytes(path)
-    if Path(path).suffix.lower() in HEIC_ENDINGS:
-        grey = cv2.cvtColor(read_heic(path), cv2.COLOR_RGB2GRAY)
+    contents, ending = read_bytes(path), Path(path).suffix.lower()
+    if ending in PILLOW_FORMATS.keys() | RAW_ENDINGS:
+        grey = cv2.cvtColor(decode(contents, ending), cv2.COLOR_RGB2GRAY)
         height, width = grey.shape
     else:
         grey, width, height = decode_grey(contents)

@@ -207,7 +207,7 @@ class Page:
 
     def map(self, request):
         """The map of the gallery, or 503 while it is drawn."""
-        from search.map import map_page
+        from search.map import map_pictures, page
 
         gallery = self.require_gallery()
         rows = dict(zip(gallery.paths, gallery.rows.tolist()))
@@ -217,7 +217,8 @@ class Page:
 
         def draw():
             vectors = gallery.vectors[gallery.rows]
-            return map_page(vectors, list(gallery.paths), *captions, 1, lambda path: f"/picture/{rows[path]}?large")
+            pictures = map_pictures(vectors, list(gallery.paths), *captions, 1)
+            return page(pictures, lambda path: f"/picture/{rows[path]}?large")
 
         html = self.job("map", gallery, draw)
         if html is None:
