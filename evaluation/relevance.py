@@ -6,14 +6,13 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from search.relevance import WRONG_SHARE, Relevance, correction, relevance_folder
+from search.relevance import WRONG_SHARE, Relevance, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
 
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
 MIN_IMAGES = 20
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
-MAX_KNOTS = 200  # of the probabilities' curve
 MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
 NUM_BINS = 10  # of the reliability diagram and the calibration error
 
@@ -44,26 +43,27 @@ def fit_relevance(I_e, T_e, image_of_text):
 
     cosines = T_e @ I_e.T  # (m, n)
     right, wrong = label_pairs(T_e, image_of_text, len(I_e))
+    if not wrong.any():  # all captions are alike
+        wrong = ~right
+    own = cosines[np.arange(len(cosines)), image_of_text]
+    # Searched pictures are not among the references, so a caption's own image does not count in its mean and deviation.
+    mean = (cosines.sum(axis=1) - own) / (len(I_e) - 1)
+    deviation = np.sqrt(np.maximum(((cosines**2).sum(axis=1) - own**2) / (len(I_e) - 1) - mean**2, 0))
     used = np.concatenate([np.flatnonzero(right), evenly(np.flatnonzero(wrong), MAX_WRONG)])
     rows = used // len(I_e)
-    features = np.stack([cosines.flat[used], cosines.mean(axis=1)[rows], cosines.std(axis=1)[rows]], axis=1)
+    features = np.stack([cosines.flat[used], mean[rows], deviation[rows]], axis=1)
     scale = features.std(axis=0) + 1e-9
     weights = LogisticRegression().fit((features - features.mean(axis=0)) / scale, right.flat[used]).coef_[0] / scale
     if weights[0] <= 0:  # a model that has learned nothing yet
         weights = np.array([1.0, 0, 0])
-    scores = weights[0] * cosines + correction(weights, cosines)[:, None]
+    scores = cosines * weights[0] + (weights[1] * mean + weights[2] * deviation)[:, None]
     shares = [share for share in SHARES if share * wrong.sum() >= 1]
     floors = np.quantile(scores[wrong], 1 - np.array(shares))
     kept = [(scores[right] >= floor).mean() for floor in floors]
-    # Rising probabilities that fit best (Zadrozny and Elkan 2002), after averaging pairs between every few right ones.
-    pairs = np.flatnonzero(right | wrong)
-    pairs = pairs[np.argsort(scores.flat[pairs])]
-    edges = np.unique(np.concatenate([[0], evenly(np.flatnonzero(right.flat[pairs]), MAX_KNOTS)]))
-    counts = np.diff(np.append(edges, len(pairs)))
-    means, rates = (np.add.reduceat(values.flat[pairs].astype(float), edges) / counts for values in (scores, right))
-    fitted = IsotonicRegression(y_min=0, y_max=1).fit_transform(means, rates, sample_weight=counts)
-    curve = [[round(float(value), 6) for value in values] for values in (weights, shares, floors, kept, means, fitted)]
-    return Relevance(I_e, *curve)
+    pairs = (right | wrong) & (scores >= scores[right].min())  # below, the probability is 0
+    isotonic = IsotonicRegression(y_min=0, y_max=1).fit(scores[pairs], right[pairs])  # Zadrozny and Elkan 2002
+    curves = weights, shares, floors, kept, isotonic.X_thresholds_, isotonic.y_thresholds_
+    return Relevance(I_e, *([round(float(value), 6) for value in values] for values in curves))
 
 
 def evenly(values, count):

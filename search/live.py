@@ -8,7 +8,8 @@ from search.run_data import embed_captions
 from utils.errors import UserError
 from utils.formats import PICTURE_ENDINGS
 
-QUIET = 1500  # milliseconds without a further change, after which changes are taken in
+QUIET = 500  # milliseconds without a further change, after which changes are taken in
+LOOK_EVERY = 2000  # milliseconds until the watching notices that it is to stop
 
 
 class LiveGallery:
@@ -37,8 +38,12 @@ class LiveGallery:
             def is_picture(_, path):
                 return path.lower().endswith(tuple(PICTURE_ENDINGS))
 
-            for _ in watchfiles.watch(self.folder, watch_filter=is_picture, stop_event=self.stopped, step=QUIET):
-                self.update()
+            options = {"stop_event": self.stopped, "step": QUIET, "yield_on_timeout": True, "rust_timeout": LOOK_EVERY}
+            first = True
+            for changes in watchfiles.watch(self.folder, watch_filter=is_picture, **options):
+                if changes or first:  # also what changed before the folder was watched
+                    self.update()
+                first = False
 
     def update(self):
         """Makes the gallery what the folder is now."""

