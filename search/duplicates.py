@@ -231,7 +231,7 @@ def as_records(groups):
 
 
 def draw_duplicates(groups, output):
-    """Draws the first copies of the first groups into a PNG, a row for each, the best copy at the left. groups: one at least."""
+    """Draws the first copies of the first groups into a PNG, a row each, the best copy at the left. groups: one at least."""
     groups = groups[:NUM_DRAWN]
     columns = min(NUM_COLUMNS, max(map(len, groups)))
     figure = plt.figure(figsize=(2.3 * columns, 3.1 * len(groups)), layout="constrained")
