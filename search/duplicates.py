@@ -126,7 +126,10 @@ def same_photograph(a, b, read_small):
     if not a_is_cropped:
         a, b = b, a
     warp = box_warp(BOXES[box], side)
-    return no_difference(a, b, warp) or ((warp := register(a, b, warp)) is not None and no_difference(a, b, warp))
+    if no_difference(a, b, warp):  # most copies are not cropped, or just so, and need no registration
+        return True
+    warp = register(a, b, warp)
+    return warp is not None and no_difference(a, b, warp)
 
 
 def reduce(small, side):
@@ -222,20 +225,20 @@ def remaining(a, b, warp):
 def as_records(groups):
     """Groups as plain values, for JSON."""
     names = ("path", "width", "height", "bytes", "date", "relation")
-    return [[{name: getattr(picture, name) for name in names} for picture in group] for group in groups]
+    return [[{name: getattr(picture, name) for name in names} for picture in copies] for copies in groups]
 
 
 def draw_duplicates(groups, output):
-    """Draws the first copies of the first groups into a PNG, a row for each group, the best copy at the left."""
+    """Draws the first copies of the first groups into a PNG, a row each, the best copy at the left. groups: one at least."""
     groups = groups[:NUM_DRAWN]
     columns = min(NUM_COLUMNS, max(map(len, groups)))
     figure = plt.figure(figsize=(2.3 * columns, 3.1 * len(groups)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.1)  # inches, between the lines of text
-    for subfigure, group in zip(figure.subfigures(len(groups), 1, squeeze=False).flat, groups):
-        shown = group[:columns]
-        hidden = f", {len(group) - columns} more not shown" if len(group) > columns else ""
-        subfigure.suptitle(f"{len(group)} files{hidden}", fontsize=10, x=0.01, ha="left")
-        titles = [f"{Path(picture.path).name[-NAME_LENGTH:]}\n{picture.label()}" for picture in shown]
+    for subfigure, copies in zip(figure.subfigures(len(groups), 1, squeeze=False).flat, groups):
+        shown = copies[:columns]
+        hidden = f", {len(copies) - columns} more not shown" if len(copies) > columns else ""
+        subfigure.suptitle(f"{len(copies)} files{hidden}", fontsize=10, x=0.01, ha="left")
+        titles = ["\n".join([Path(p.path).name[-NAME_LENGTH:], *p.label().rsplit(", ", 1)]) for p in shown]
         pictures = [read_image(picture.path, DRAWN_PIXELS) for picture in shown]
         plots.draw_row(subfigure.subplots(1, columns, squeeze=False)[0], pictures, titles, correct=0)
     plots.save(figure, output)
