@@ -148,8 +148,11 @@ class Searcher:
         from search.text_session import write_text_session
 
         print("keeping the text encoder in the cache, so that the next query starts at once", flush=True)
-        write_text_session(self.model, self.run, self.session_path())
-        self.note_use(self.session_path())
+        try:
+            write_text_session(self.model, self.run, self.session_path())
+            self.note_use(self.session_path())
+        except Exception as error:  # a full disk, or a text encoder that torch.onnx cannot export, in many types
+            print(f"it was not kept: {str(error).strip().splitlines()[0][:160]}")
 
     def note_use(self, *paths):
         if self.is_folder:

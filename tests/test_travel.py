@@ -136,7 +136,7 @@ def check_onnx(model, folder):
 
 def test_onnx_files_give_the_same_embeddings(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    inference.run_cli(inference.search, "inference.py", ["--export", "onnx", "--run", str(tmp_path / "run")])
+    inference.main(["--export", "onnx", "--run", str(tmp_path / "run")])
     check_onnx(clip.load(run, "cpu")[0], tmp_path / "run")
 
 

@@ -89,7 +89,8 @@ def atomic_write(path, write, backup=None):
             raise
         raise UserError(f"{path}: cannot be written ({error.strerror}); free space, or name another place") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            temporary.unlink()
 
 
 @contextlib.contextmanager
