@@ -13,7 +13,7 @@ import inference
 from search.queries import embed_texts
 from search.searcher import Searcher
 
-TEXTS = ["a red circle", "a large blue star left of a small ring", "star " * 300]
+TEXTS = ["a red circle", "a large blue star left of a small ring", "star " * 190]
 QUERY = """
 import sys, inference
 inference.main(sys.argv[1:])
