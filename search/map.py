@@ -30,7 +30,7 @@ ITERATIONS, ANGLE = (
     0.7,
 )  # of t-SNE; twice as many, and 0.5, keep hardly more neighbours in three times as long (docs/map.md)
 MAX_WORDS = 8  # in a group's name, where there are captions that short
-CELLS_PER_PICTURE = 2  # free cells keep the gaps that t-SNE leaves between groups
+CELLS_PER_PICTURE = 3  # free cells keep the gaps that t-SNE leaves between groups
 SIDES = (256, 192, 128, 96, 64, 48, 32)  # of thumbnails, in pixels; multiples of JPEG's blocks of 16, which then do not mix
 PAGE_BYTES = 36_000_000  # what the thumbnails of a page take at most
 BYTES_PER_PIXEL = 0.35  # of a thumbnail in a sheet, as base64
