@@ -162,7 +162,7 @@ def name_groups(labels, embeddings, captions, caption_embeddings):
 
 def tidy(caption):
     """A caption as a name: "a dog , wet ." -> "A dog, wet"."""
-    text = re.sub(r"\s+([.,;:!?])", r"\1", " ".join(caption.split())).rstrip(" .")
+    text = re.sub(r"\s+([.,;:!?]|'s\b)", r"\1", " ".join(caption.split())).rstrip(" .")
     return text[:1].upper() + text[1:]
 
 
