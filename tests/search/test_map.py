@@ -131,6 +131,8 @@ def test_a_short_caption_is_preferred_to_a_nearer_long_one():
     embeddings, vectors = np.array([[1.0, 0]]), np.array([[1, 0], [0.6, 0.8]])
     assert name_groups(np.array([0]), embeddings, [long, "short"], vectors) == ["Short"]
     assert name_groups(np.array([0]), embeddings, [long], vectors[:1]) == [long.capitalize()]
+    two = np.array([[1.0, 0], [0, 1]])  # one short caption is not enough for two groups
+    assert name_groups(np.array([0, 1]), two, [long, "short"], np.eye(2)) == [long.capitalize(), "Short"]
 
 
 @pytest.mark.parametrize(
