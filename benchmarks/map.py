@@ -152,11 +152,8 @@ def measure(run: str, pictures: int = 20_000, cache_dir: str = ".cache", json_pa
     paths, vectors, texts, captions = read_run(run, cache_dir)
     groups = KMeans(CAPTION_GROUPS, n_init=3, random_state=0).fit_predict(texts)
     drawn, near = drawing().Drawing(torch.from_numpy(vectors)).draw(pictures).numpy(), nearest(vectors)
-    near_drawn, rows, note = (
-        nearest(drawn),
-        [["none: the embeddings", "100", "", f"{same_group(near, groups):.0f}"] + [""] * 4],
-        "",
-    )
+    near_drawn, note = nearest(drawn), ""
+    rows = [["none: the embeddings", "100", "", f"{same_group(near, groups):.0f}", "100", "", ""]]
     with tempfile.TemporaryDirectory() as folder:
         for name, (library, _) in LAYOUTS.items():
             if importlib.util.find_spec(library) is None:

@@ -25,12 +25,9 @@ MAX_PICTURES = 50_000  # t-SNE of more takes many minutes
 FEW = 10  # fewer pictures have too few neighbours for t-SNE, and are laid out by their principal components
 COMPONENTS = 50  # principal components that t-SNE compares
 PERPLEXITY = 30  # about how many neighbours of each picture t-SNE heeds
-ITERATIONS, ANGLE = (
-    500,
-    0.7,
-)  # of t-SNE; twice as many, and 0.5, keep hardly more neighbours in three times as long (docs/map.md)
-MAX_WORDS = 8  # in a group's name, where there are captions that short
-CELLS_PER_PICTURE = 2  # free cells keep the gaps that t-SNE leaves between groups
+ITERATIONS, ANGLE = 500, 0.7  # of t-SNE; 1,000 and 0.5 keep hardly more neighbours in three times as long (docs/map.md)
+MAX_WORDS = 8  # in a group's name, where enough captions are that short
+CELLS_PER_PICTURE = 3  # free cells keep the gaps that t-SNE leaves between groups
 SIDES = (256, 192, 128, 96, 64, 48, 32)  # of thumbnails, in pixels; multiples of JPEG's blocks of 16, which then do not mix
 PAGE_BYTES = 36_000_000  # what the thumbnails of a page take at most
 BYTES_PER_PIXEL = 0.35  # of a thumbnail in a sheet, as base64
@@ -142,13 +139,13 @@ def name_groups(labels, embeddings, captions, caption_embeddings):
     """
     from scipy.optimize import linear_sum_assignment
 
-    texts = [tidy(caption) for caption in captions]
-    short = [i for i, text in enumerate(texts) if text and len(text.split()) <= MAX_WORDS]
-    distinct = {}
-    for i in short or range(len(texts)):
-        if texts[i]:
-            distinct.setdefault(texts[i].casefold(), i)
-    k, chosen = labels.max() + 1, list(distinct.values())
+    distinct = {}  # {name in lower case: position of the caption}
+    for i, caption in enumerate(captions):
+        distinct.setdefault(tidy(caption).casefold(), i)
+    distinct.pop("", None)
+    short = [i for text, i in distinct.items() if len(text.split()) <= MAX_WORDS]
+    k = labels.max() + 1
+    chosen = short if len(short) >= k else list(distinct.values())
     names = [""] * k
     if not chosen:
         return names
@@ -156,13 +153,13 @@ def name_groups(labels, embeddings, captions, caption_embeddings):
     targets = middles(labels, embeddings) - (embeddings.mean(axis=0) if k > 1 else 0)  # (k, d_e)
     scores = targets @ np.asarray(caption_embeddings, dtype=np.float32)[chosen].T
     for label, column in zip(*linear_sum_assignment(scores, maximize=True)):
-        names[label] = texts[chosen[column]]
+        names[label] = tidy(captions[chosen[column]])
     return names
 
 
 def tidy(caption):
     """A caption as a name: "a dog , wet ." -> "A dog, wet"."""
-    text = re.sub(r"\s+([.,;:!?])", r"\1", " ".join(caption.split())).rstrip(" .")
+    text = re.sub(r"\s+([.,;:!?]|'s\b)", r"\1", " ".join(caption.split())).rstrip(" .")
     return text[:1].upper() + text[1:]
 
 
