@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
-from search.relevance import WRONG_SHARE, Relevance, relevance_folder
+from search.relevance import WRONG_SHARE, Relevance, reference_statistics, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
 
@@ -45,10 +45,9 @@ def fit_relevance(I_e, T_e, image_of_text):
     right, wrong = label_pairs(T_e, image_of_text, len(I_e))
     if not wrong.any():  # all captions are alike
         wrong = ~right
-    own = cosines[np.arange(len(cosines)), image_of_text]
-    # Searched pictures are not among the references, so a caption's own image does not count in its mean and deviation.
-    mean = (cosines.sum(axis=1) - own) / (len(I_e) - 1)
-    deviation = np.sqrt(np.maximum(((cosines**2).sum(axis=1) - own**2) / (len(I_e) - 1) - mean**2, 0))
+    mean, deviation = reference_statistics(cosines)
+    # Searched pictures are not among the references, so a caption's own image does not count in its mean.
+    mean = (len(I_e) * mean - cosines[np.arange(len(cosines)), image_of_text]) / (len(I_e) - 1)
     used = np.concatenate([np.flatnonzero(right), evenly(np.flatnonzero(wrong), MAX_WRONG)])
     rows = used // len(I_e)
     features = np.stack([cosines.flat[used], mean[rows], deviation[rows]], axis=1)

@@ -1,8 +1,8 @@
 """Whether a picture matches a text at all: the relevance floor and match probability of a run.
 
 Cosines of different texts do not compare: some texts are near all pictures. So a text's cosines are corrected by the mean and
-the standard deviation of its cosines with fixed reference pictures, which are kept with the run. How much each of the three
-counts, and the rest, `evaluation.relevance` learns from validation pairs.
+the deviation of its cosines with fixed reference pictures, which are kept with the run. How much each of the three counts, and
+the rest, `evaluation.relevance` learns from validation pairs.
 """
 
 import json
@@ -24,7 +24,7 @@ class Relevance:
     """What `find_matches` needs to say which pictures match, all learned from validation pairs."""
 
     references: np.ndarray  # (K, d_e) embeddings of the reference pictures, L2-normalised
-    weights: list  # of a picture's cosine, the references' mean cosine, and their standard deviation
+    weights: list  # of a picture's cosine, and of the two `reference_statistics`
     shares: list  # of the wrong pairs that are above a floor, falling
     floors: list  # these floors, rising
     kept: list  # shares of the right pairs that are above these floors
@@ -33,9 +33,9 @@ class Relevance:
 
     def correct(self, cosines, embedding):
         """Cosines of a text, whose embedding is (d_e,), with pictures -> scores that compare between texts."""
-        with_references = self.references.astype(np.float32) @ embedding
         of_cosine, of_mean, of_deviation = self.weights
-        return of_cosine * np.asarray(cosines) + of_mean * with_references.mean() + of_deviation * with_references.std()
+        mean, deviation = reference_statistics(self.references.astype(np.float32) @ embedding)
+        return of_cosine * np.asarray(cosines) + of_mean * mean + of_deviation * deviation
 
     def floor(self, wrong_share):
         """The score that this share of wrong pictures exceeds; 0: no floor."""
@@ -51,6 +51,16 @@ class Relevance:
         """Writes it into a folder."""
         write_array(Path(folder) / FILES[1], self.references.astype(np.float16))
         write_json(Path(folder) / FILES[0], {name: value for name, value in asdict(self).items() if name != "references"})
+
+
+def reference_statistics(cosines):
+    """(mean, deviation) of a text's cosines with the K references, (..., K).
+
+    The deviation is that of the lower half, from the median to the 16th percentile: the upper half may hold many pictures that
+    match, and texts of common things would then get too low scores.
+    """
+    low, median = np.quantile(cosines, (0.16, 0.5), axis=-1)
+    return cosines.mean(axis=-1), median - low
 
 
 def relevance_folder(run, cache_dir):

@@ -18,6 +18,7 @@ class TextSession:
 
     def __init__(self, folder):
         options = onnxruntime.SessionOptions()
+        options.enable_cpu_mem_arena = False  # it grows with each new length of texts, and never shrinks
         options.intra_op_num_threads = 1  # a query is too short to share out, and many may come at once
         path = Path(folder) / FILES[0]
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
