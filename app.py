@@ -7,7 +7,7 @@ from typing import Literal
 
 import uvicorn
 
-from config import run_cli
+from config import is_model_name, load_run, run_cli
 from search.files import find_pictures
 from search.live import LiveGallery
 from search.queries import newest_run
@@ -16,8 +16,9 @@ from search.searcher import Searcher
 from search.server import build_app
 from utils.errors import UserError, run_command
 
+MAX_CONNECTIONS = 200  # at once
 EXAMPLES = ("python app.py", "python app.py --run runs/shapes --images ~/Pictures")
-LOCAL = ["127.0.0.1", "localhost", "::1"]
+LOCAL = ["127.0.0.1", "localhost", "::1", "[::1]"]
 
 
 def serve(
@@ -46,16 +47,19 @@ def serve(
     searcher = Searcher(run, device, precision, cache_dir)
     list_files = partial(find_pictures, images) if images else partial(validation_files, run)
     next(iter(list_files()))  # a mistake is named before the page opens
-    live = LiveGallery(searcher, list_files, images, num_workers)
+    if searcher.is_folder or "/" not in run.removeprefix("runs/") and not is_model_name(run):  # else it may be a hub's
+        load_run(run)
+    live = LiveGallery(searcher, list_files, "" if images.endswith(".tar") else images, num_workers)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError:
+    except (OSError, OverflowError):
         raise UserError(f"--host {host} --port {port}: cannot be opened; is the port in use? name another") from None
-    print(f"http://{host}:{port}  searches {images or f'the validation pictures of {run}'}; Ctrl-C ends it", flush=True)
+    what = images or f"the validation pictures of {run}"
+    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  searches {what}; Ctrl-C ends it", flush=True)
     live.thread.start()
     app = build_app(searcher, live, LOCAL if host in LOCAL else ["*"])
     try:
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)).run(sockets=[listening])
     finally:
         live.stop()
 

@@ -32,8 +32,7 @@ from utils.files import atomic_write
 from utils.images import center_crop, resize_image
 
 MODEL_FILES = ("config.json", "model.safetensors")
-# uploaded besides MODEL_FILES
-HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png", "relevance.json", "references.npy")
+HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
 LOCAL_PREFIXES = ("runs/", "runs\\", ".", "/", "\\", "~")  # names that begin so are local folders, not a hub's
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100

@@ -60,7 +60,7 @@ class Search:
     # What to show
     n: int = 9  # pictures to find
     more: int = 0  # 1: the next n pictures, 2: those after them, and so on
-    floor: float = WRONG_SHARE  # show scores that no more than this share of wrong pictures reaches; 0: show everything
+    floor: float = WRONG_SHARE  # share of pictures that do not match that may be shown nevertheless; 0: show everything
     explain: bool = False  # draw a heat map over each picture: which parts match the text
     output: str = "matches.png"  # PNG of the matches or duplicates
     json: str = ""  # file for the results
@@ -151,6 +151,10 @@ def refuse_unclear(options):
         raise UserError("--classify: needs the picture, --image FILE")
     if options.duplicates and not options.images:
         raise UserError("--duplicates: name the folder to look through with --images")
+    if options.duplicates and (options.after or options.before or options.folder):
+        raise UserError("--duplicates: looks through all of --images; leave --after, --before and --folder out")
+    if options.map and not options.map.lower().endswith((".html", ".htm")):
+        raise UserError(f"--map {options.map}: must end in .html")
 
 
 def find_gallery(searcher, options):
@@ -196,8 +200,8 @@ def answer_text(searcher, options):
     found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
     # What a match is was learned from texts.
     matches = judge(found, embedding, None if options.similar_to else searcher.relevance, options.floor)
-    answer = show_matches(title, matches)
-    shown = [match for match in matches if match.relevant] or matches[:1]
+    answer = show_matches(title, matches, options.more)
+    shown = [match for match in matches if match.relevant] or ([] if options.more else matches[:1])
     explain = None
     if options.explain:
         from search.occlusion import heat_map
@@ -208,18 +212,18 @@ def answer_text(searcher, options):
     return answer
 
 
-def show_matches(title, matches):
+def show_matches(title, matches, more):
     """Prints the matches that are above the floor or, where none is, the best guess. Returns {"query", "matches"}.
 
-    matches: a list of `Match`, best first.
+    matches: a list of `Match`, best first. more: as for `Search`.
     """
     relevant = [match for match in matches if match.relevant]
     answer = {"query": title, "matches": [match.record() for match in relevant]}
-    if matches and not relevant:
+    if matches and not relevant and not more:
         print(f"{title!r}: nothing here matches (best guess below)")
         print_matches(matches[:1])
         return answer | {"best_guess": matches[0].record()}
-    print(f"{title!r}:" if matches else f"{title!r}: no more pictures")
+    print(f"{title!r}:" if relevant else f"{title!r}: no more pictures match")
     print_matches(relevant)
     return answer
 
@@ -231,7 +235,7 @@ def answer_lines(searcher, options):
     gallery, answers = find_gallery(searcher, options), []
     for line, embedding in zip(lines, embeddings):
         found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
-        answers.append(show_matches(line, judge(found, embedding, searcher.relevance, options.floor)))
+        answers.append(show_matches(line, judge(found, embedding, searcher.relevance, options.floor), options.more))
     return {"queries": answers}
 
 

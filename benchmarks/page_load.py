@@ -60,7 +60,10 @@ def measure(run: str = "", searches: int = 5000, cache_dir: str = ".cache", json
 
     def search(text):
         started = time.perf_counter()
-        answer = urllib.request.urlopen(f"{address}/api/search?{urllib.parse.urlencode({'q': text, 'floor': 0})}").read()
+        try:
+            answer = urllib.request.urlopen(f"{address}/api/search?{urllib.parse.urlencode({'q': text, 'floor': 0})}").read()
+        except OSError:  # refused, lost, or an error of the server
+            return 1000 * (time.perf_counter() - started), 0
         return 1000 * (time.perf_counter() - started), len(json.loads(answer)["matches"])
 
     try:

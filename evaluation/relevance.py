@@ -13,6 +13,7 @@ from utils.files import write_json
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
 MIN_IMAGES = 20
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
+MIN_WRONG = 10  # wrong pairs without which the others are taken, too
 MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
 NUM_BINS = 10  # of the reliability diagram and the calibration error
 
@@ -43,7 +44,7 @@ def fit_relevance(I_e, T_e, image_of_text):
 
     cosines = T_e @ I_e.T  # (m, n)
     right, wrong = label_pairs(T_e, image_of_text, len(I_e))
-    if not wrong.any():  # all captions are alike
+    if wrong.sum() < MIN_WRONG:  # nearly all captions are alike
         wrong = ~right
     mean, deviation = reference_statistics(cosines)
     # Searched pictures are not among the references, so a caption's own image does not count in its mean.

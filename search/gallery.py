@@ -20,6 +20,7 @@ from utils import processes
 from utils.errors import UserError
 from utils.files import remove_leftovers
 
+MAX_DIGITS = 18  # of a row
 DATE_FORMATS = "%Y", "%Y-%m", "%Y-%m-%d"
 
 
@@ -56,9 +57,9 @@ class Filters:
                 terms.append(f"{DATE} {sign} ?")
                 values.append(first_moment(getattr(self, flag), flag))
         if self.folder:
-            below = re.sub(r"([\[?*])", r"[\1]", os.path.join(os.path.abspath(root), "")) if root else "*/"
-            terms.append("path GLOB ?")
-            values.append(below + self.folder)
+            below = os.path.join(os.path.abspath(root), "").replace(os.sep, "/") if root else ""
+            terms.append("replace(path, ?, '/') GLOB ?")
+            values += [os.sep, (re.sub(r"([\[?*])", r"[\1]", below) or "*/") + self.folder]
         return " AND ".join(terms) or "1", values
 
 
@@ -69,7 +70,7 @@ def first_moment(day, flag):
             return datetime.strptime(day.strip(), date_format).isoformat()
         except ValueError:
             continue
-    raise UserError(f"--{flag} {day}: no date; write a year, month or day, as 2021, 2021-06 or 2021-06-30")
+    raise UserError(f"{flag} {day}: no date; write a year, month or day, as 2021, 2021-06 or 2021-06-30")
 
 
 @dataclass
@@ -81,6 +82,7 @@ class Gallery:
     rows: np.ndarray  # (N,) int64, of the vectors of the N pictures
     compressed: CompressedIndex | None  # for approximate search, if there are many pictures
     store: Store
+    generation: str  # of the store, when the rows were read
     folder: str  # that is searched; empty: some files
     order: np.ndarray | None = None  # of the rows, once it is needed
 
@@ -100,11 +102,21 @@ class Gallery:
         if not own.any():
             raise UserError(f"none of the {len(self.paths):,} pictures is from these dates and folders; choose others")
         paths, rows = [path for (_, path), is_own in zip(found, own) if is_own], rows[own]
-        compressed = CompressedIndex(self.compressed.index, self.vectors, rows) if self.compressed else None
-        return Gallery(paths, self.vectors, rows, compressed, self.store, self.folder)
+        compressed = None
+        if self.compressed and len(rows) > index.APPROXIMATE_FROM:
+            compressed = CompressedIndex(self.compressed.index, self.vectors, rows)
+        return Gallery(paths, self.vectors, rows, compressed, self.store, self.generation, self.folder)
 
-    def position_of(self, row):
-        """The position of the picture with this row; None where it is none of the N pictures'."""
+    def key_of(self, position):
+        """A name of one of the N pictures that no other picture has, now or later."""
+        return f"{self.generation}-{self.rows[position]}"
+
+    def position_of(self, key):
+        """The position of the picture with this key; None where it is none of the N pictures'."""
+        generation, _, row = key.partition("-")
+        if generation != self.generation or not row.isdecimal() or len(row) > MAX_DIGITS:
+            return None
+        row = int(row)
         if self.order is None:
             self.order = np.argsort(self.rows)
         place = np.searchsorted(self.rows, row, sorter=self.order)
@@ -168,13 +180,13 @@ def read_gallery(store, folder, exact):
         vectors, paths = store.vectors(), Paths(store, rows)
         if len(rows) <= index.APPROXIMATE_FROM:
             paths = [path for _, path in store.pictures()]
-        index_path = store.companion(".faiss")
+        index_path, generation = store.companion(".faiss"), store.generation()
     compressed = None
     if len(rows) > index.APPROXIMATE_FROM and not exact:
         if not index_path.exists() and (dropped := store.drop_damaged()):
             raise UserError(f"{store.path}: {dropped:,} of its vectors were damaged; run the command again to embed them again")
         compressed = CompressedIndex(open_index(index_path, vectors), vectors, rows)
-    return Gallery(paths, vectors, rows, compressed, store, folder)
+    return Gallery(paths, vectors, rows, compressed, store, generation, folder)
 
 
 def open_store(path, width):

@@ -1,7 +1,9 @@
 """A gallery that is searched while its pictures are still being embedded, and that follows its folder."""
 
+import os
 import sqlite3
 import threading
+import time
 
 from search.gallery import open_store, read_gallery, update_store
 from search.run_data import embed_captions
@@ -25,18 +27,28 @@ class LiveGallery:
         self.searcher, self.list_files, self.folder, self.num_workers = searcher, list_files, folder, num_workers
         self.gallery, self.total, self.working, self.problem, self.captions = None, 0, True, "", ([], None)
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.follow, daemon=True)
+        self.thread = threading.Thread(target=self.run, daemon=True)
+
+    def run(self):
+        """What the thread does. An error ends it, and is shown on the page."""
+        try:
+            self.follow()
+        except Exception as error:  # of any kind: a full cache, no memory, a folder that cannot be watched
+            self.problem = f"changes are no longer followed: {error}"
+            print(self.problem, flush=True)
+        self.working = False
 
     def follow(self):
         """Embeds what is new, then waits for changes, until it is stopped."""
         self.update()
         self.captions = embed_captions(self.searcher)
         self.searcher.keep_text_encoder()
-        if self.folder and not self.folder.endswith(".tar"):
+        if self.folder:
             import watchfiles  # only here: a run's own pictures do not change
 
-            def is_picture(_, path):
-                return path.lower().endswith(tuple(PICTURE_ENDINGS))
+            def is_picture(_, path):  # or a folder, of which there may be nothing left but its name
+                ending = os.path.splitext(path)[1].lower()
+                return ending in PICTURE_ENDINGS or not ending or os.path.isdir(path)
 
             options = {"stop_event": self.stopped, "step": QUIET, "yield_on_timeout": True, "rust_timeout": LOOK_EVERY}
             first = True
@@ -51,24 +63,29 @@ class LiveGallery:
         try:
             store = open_store(self.searcher.gallery_path(), self.searcher.width)
 
+            next_look = 0
+
             def show(count):
-                self.total, found = count, read_gallery(store, self.folder, exact=True)
-                self.gallery = found if len(found.rows) else None
+                nonlocal next_look
+                self.total, started = count, time.monotonic()
+                if started >= next_look:  # reading a large gallery takes a while
+                    found = read_gallery(store, self.folder, exact=True)
+                    self.gallery = found if len(found.rows) else None
+                    next_look = time.monotonic() + 10 * (time.monotonic() - started)
 
             update_store(store, self.searcher, self.list_files(), self.folder, self.num_workers, show)
             found = read_gallery(store, self.folder, exact=False)
             self.gallery, self.problem = found if len(found.rows) else None, ""
+            self.searcher.note_use(store.path, store.companion(".vectors"))
         except (UserError, OSError, sqlite3.Error, ValueError) as error:
             self.problem = str(error)
             print(self.problem, flush=True)
         self.working = False
 
-    def row_path(self, row):
-        """The path of a picture of the gallery by the row of its vector; None for any other row."""
+    def path_of(self, key):
+        """The path of a picture of the gallery by its key, as `Gallery.key_of` gives it; None for any other text."""
         gallery = self.gallery
-        if gallery is None:
-            return None
-        position = gallery.position_of(row)
+        position = None if gallery is None else gallery.position_of(key)
         return None if position is None else gallery.paths[position]
 
     def stop(self):

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cache import cache_key
+from utils.cache import KEPT, cache_key
 from utils.errors import UserError
 from utils.files import write_array, write_json
 
 FILES = "relevance.json", "references.npy"  # in a run folder
-WRONG_SHARE = 0.001  # of the wrong pictures, that get over the floor
+WRONG_SHARE = 0.001  # of pictures that do not match, that may score above the floor
 
 
 @dataclass
@@ -65,7 +65,7 @@ def reference_statistics(cosines):
 
 def relevance_folder(run, cache_dir):
     """Where the `Relevance` of a run is kept: in its folder or, for a model that has none, in the cache."""
-    return Path(run) if Path(run).is_dir() else Path(cache_dir) / f"relevance-{cache_key(str(run))}"
+    return Path(run) if Path(run).is_dir() else Path(cache_dir) / f"{KEPT}{cache_key(str(run))}"
 
 
 def load_relevance(folder):

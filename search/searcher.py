@@ -6,6 +6,8 @@ these are is kept in a small file that belongs to the run's files as they are no
 
 import contextlib
 import json
+import os
+import shutil
 import threading
 from functools import cached_property
 from pathlib import Path
@@ -15,17 +17,21 @@ from search.relevance import load_relevance, relevance_folder
 from search.store import FORMAT
 from utils.cache import cache_key, file_stats, model_key, note_use
 from utils.errors import UserError
-from utils.files import read_bytes, write_json
+from utils.files import HOST, read_bytes, write_json
 from utils.images import VIEW, decode_image
 
 RUN_FILES = "config.json", "model.safetensors", "tokenizer.json"
 
 
+def first_line(error):
+    return f"{error}".strip().partition("\n")[0][:160]
+
+
 class Searcher:
     """Embeds the texts and pictures of a search. run, device, precision: as on the command line; cache_dir: of embeddings.
 
-    Attributes: opened, (model, device, dtype), which is loaded when it is first used; keys, {"gallery", "text", "width"}: the
-    cache keys of the image encoder and the text encoder, and the width d_e.
+    Attributes: opened, (model, device, dtype), which is loaded when it is first used; keys, {"gallery", "text", "dtype",
+    "width"}: the cache keys of the image encoder and the text encoder, the precision, and the width d_e.
     Raises UserError where there is no such run, in the attributes and methods, too.
     """
 
@@ -62,6 +68,7 @@ class Searcher:
         keys = {
             "gallery": cache_key(model_key(model.image_encoder), model_key(model.image_projection), VIEW, dtype, FORMAT),
             "text": cache_key(model_key(model.text_encoder), model_key(model.text_projection)),
+            "dtype": str(dtype),
             "width": model.image_projection.out_features,
         }
         if self.is_folder:
@@ -72,7 +79,8 @@ class Searcher:
 
     def keys_path(self):
         stats = file_stats([Path(self.run) / name for name in RUN_FILES])
-        return self.cache_dir / f"run-{cache_key(stats, self.device, self.precision, VIEW, FORMAT)}.json"
+        machine = HOST, os.environ.get("CUDA_VISIBLE_DEVICES")  # on which it depends what "auto" stands for
+        return self.cache_dir / f"run-{cache_key(stats, self.device, self.precision, machine, VIEW, FORMAT)}.json"
 
     @property
     def width(self):
@@ -84,7 +92,7 @@ class Searcher:
 
     def captions_path(self, captions):
         """The path of the embeddings of some captions."""
-        return self.cache_dir / f"captions-{cache_key(self.keys['text'], captions)}.npy"
+        return self.cache_dir / f"captions-{cache_key(self.keys['text'], self.keys['dtype'], captions)}.npy"
 
     def session_path(self):
         return self.cache_dir / f"text-{self.keys['text']}"
@@ -99,7 +107,8 @@ class Searcher:
         try:
             return TextSession(self.session_path())
         except Exception as error:  # the library's own types; a damaged file, or one of another version
-            print(f"{self.session_path()}: cannot be read ({str(error).splitlines()[0][:100]}); the whole model is loaded")
+            print(f"{self.session_path()}: cannot be read ({first_line(error)}); the whole model is loaded")
+            shutil.rmtree(self.session_path(), ignore_errors=True)
             return None
 
     def embed_texts(self, texts):
@@ -152,7 +161,7 @@ class Searcher:
             write_text_session(self.model, self.run, self.session_path())
             self.note_use(self.session_path())
         except Exception as error:  # a full disk, or a text encoder that torch.onnx cannot export, in many types
-            print(f"it was not kept: {str(error).strip().splitlines()[0][:160]}")
+            print(f"it was not kept: {first_line(error)}")
 
     def note_use(self, *paths):
         if self.is_folder:

@@ -1,9 +1,11 @@
 """The page's server: what a browser asks for, and what it is answered. The page itself is in search/page/.
 
-A picture is named by the row of its vector, so no request can name a file. What is uploaded is kept in memory only.
+A picture is named by a key (`search.gallery.Gallery.key_of`), so no request can name a file. What is uploaded is kept in memory
+only.
 """
 
 import secrets
+import threading
 from collections import OrderedDict
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +35,7 @@ NUM_CAPTIONS = 5  # best captions of a picture
 TILE_PIXELS, LARGE_PIXELS = 320, 1600  # shorter side of a tile; longer side of a large picture
 MAX_UPLOAD = 20_000_000  # bytes
 MAX_CLASSES = 50
+MAX_DECODING = 2  # pictures at once; a large one takes much memory
 NUM_QUERIES, NUM_TILES, NUM_UPLOADS = 500, 1000, 100  # that are kept in memory
 RUN_PICTURES = "curves.png", "relevance.png"  # of the run folder, that the page shows
 CACHED = {"Cache-Control": "max-age=3600"}
@@ -52,8 +55,9 @@ class Page:
 
     def __init__(self, searcher, live):
         self.searcher, self.live, self.uploads, self.jobs = searcher, live, OrderedDict(), {}
+        self.lock, self.decoding = threading.Lock(), threading.BoundedSemaphore(MAX_DECODING)
         self.embed = lru_cache(NUM_QUERIES)(lambda text, minus: embed_query(searcher, [text], [minus] if minus else []))
-        self.tile = lru_cache(NUM_TILES)(draw_tile)
+        self.tile = lru_cache(NUM_TILES)(lambda path, key: draw_tile(path))  # a changed file gets another key
 
     # ---- searching -------------------------------------------------------------------------------------------------
 
@@ -71,7 +75,7 @@ class Page:
         )
 
     def search(self, request):
-        """Matches of words, of a picture, or of both. Parameters: q, minus, like (a row) or upload, filters, page, floor."""
+        """Matches of words, of a picture, or of both. Parameters: q, minus, like (a key) or upload, filters, page, floor."""
         value = request.query_params
         gallery, embeddings = self.require_gallery(), []
         text, minus = value.get("q", "").strip(), value.get("minus", "").strip()
@@ -85,7 +89,7 @@ class Page:
             raise UserError("say what to look for: words, or a picture")
         gallery = gallery.select(Filters(*(value.get(name, "").strip() for name in ("after", "before", "folder"))))
         embedding, page = blend(gallery, embeddings), number(value, "page")
-        found = best_matches(gallery, embedding, gallery.rows, NUM_SHOWN, page * NUM_SHOWN)
+        found = best_matches(gallery, embedding, range(len(gallery.rows)), NUM_SHOWN, page * NUM_SHOWN)
         relevance = self.searcher.relevance if len(embeddings) == 1 and text else None
         floor = 0 if value.get("floor") == "0" else WRONG_SHARE
         matches = judge(found, embedding, relevance, floor)
@@ -93,12 +97,12 @@ class Page:
         return JSONResponse({"matches": [r for r in records if r], "more": len(found) == NUM_SHOWN, "of": len(gallery.rows)})
 
     def record(self, gallery, match):
-        """What the page shows of a match, whose filename is a row; None where it was deleted meanwhile."""
-        path = self.live.row_path(int(match.filename))
+        """What the page shows of a match, whose filename is a position; None where it was deleted meanwhile."""
+        path = gallery.paths[match.filename]
         if path is None:
             return None
-        name = self.below_folder(path)
-        return {"row": int(match.filename), "name": name, "label": match.label().strip(), "relevant": match.relevant}
+        key, name = gallery.key_of(match.filename), self.below_folder(path)
+        return {"key": key, "name": name, "label": match.label().strip(), "relevant": match.relevant}
 
     def below_folder(self, path):
         folder = Path(self.live.folder).absolute() if self.live.folder else None
@@ -107,7 +111,7 @@ class Page:
     def picture_embedding(self, gallery, value):
         if value.get("upload"):
             return self.uploaded(value)
-        position = gallery.position_of(number(value, "like"))
+        position = gallery.position_of(value["like"])
         if position is None:
             raise UserError("this picture is no longer there")
         return gallery.embedding_of(position)
@@ -133,12 +137,16 @@ class Page:
             contents += chunk
             if len(contents) > MAX_UPLOAD:
                 raise UserError(f"the picture has more than {MAX_UPLOAD // 1_000_000} MB; scale it down")
-        embedding = await run_in_threadpool(self.searcher.embed_picture, bytes(contents), Path(name).name)
+        embedding = await run_in_threadpool(self.embed_upload, bytes(contents), Path(name).name)
         key = secrets.token_urlsafe(12)
         self.uploads[key] = embedding
         while len(self.uploads) > NUM_UPLOADS:
             self.uploads.popitem(last=False)
         return JSONResponse({"upload": key, "captions": self.best_captions(embedding)})
+
+    def embed_upload(self, contents, name):
+        with self.decoding:
+            return self.searcher.embed_picture(contents, name)
 
     def best_captions(self, embedding):
         texts, embeddings = self.live.captions
@@ -159,7 +167,7 @@ class Page:
     # ---- a picture of the gallery ----------------------------------------------------------------------------------
 
     def path_of(self, request):
-        path = self.live.row_path(request.path_params["row"])
+        path = self.live.path_of(request.path_params["key"])
         if path is None:
             raise HTTPException(404, "no such picture")
         return path
@@ -168,14 +176,18 @@ class Page:
         """A picture as a JPEG: a tile, or large."""
         path, large = self.path_of(request), "large" in request.query_params
         try:
-            contents = draw_large(path) if large else self.tile(path)
+            with self.decoding:
+                contents = draw_large(path) if large else self.tile(path, request.path_params["key"])
         except (OSError, ValueError):  # deleted or changed since it was embedded
             raise HTTPException(404, "no such picture") from None
         return Response(contents, media_type="image/jpeg", headers=CACHED)
 
     def details(self, request):
         path, gallery = self.path_of(request), self.require_gallery()
-        embedding = gallery.embedding_of(gallery.position_of(request.path_params["row"]))
+        position = gallery.position_of(request.path_params["key"])
+        if position is None:  # deleted this moment
+            raise HTTPException(404, "no such picture")
+        embedding = gallery.embedding_of(position)
         date = gallery.store.date_of(path)
         return JSONResponse({"path": path, "date": date and date.replace("T", " "), "captions": self.best_captions(embedding)})
 
@@ -186,61 +198,58 @@ class Page:
         path, text = self.path_of(request), request.query_params.get("q", "").strip()
         if not text:
             raise UserError("a heat map shows what matches words; search for some")
-        return jpeg(heat_map(self.searcher, self.embed(text, ""), path, TILE_PIXELS))
+        with self.decoding:
+            contents = encode(heat_map(self.searcher, self.embed(text, ""), path, TILE_PIXELS))
+        return Response(contents, media_type="image/jpeg", headers=CACHED)
 
     # ---- the whole gallery -----------------------------------------------------------------------------------------
 
     def duplicates(self, request):
         """Groups of the same photograph, once they are found."""
-        from search.duplicates import find_duplicates
 
-        gallery = self.require_gallery()
-        found = self.job("duplicates", gallery, lambda: find_duplicates(stats_of(gallery), self.searcher.cache_dir, 1))
-        if found is None:
-            return JSONResponse({"working": True})
-        rows = dict(zip(gallery.paths, gallery.rows.tolist()))
-        groups = [
-            [{"row": rows[copy.path], "name": self.below_folder(copy.path), "label": copy.label()} for copy in group]
-            for group in found
-        ]
-        return JSONResponse({"working": False, "groups": groups})
+        def find(gallery):
+            from search.duplicates import find_duplicates
+
+            key = {path: f"{gallery.generation}-{row}" for row, path, _, _ in gallery.store.files()}
+            files = [(path, size, changed) for _, path, size, changed in gallery.store.files()]
+            files = [file for file in files if gallery.position_of(key[file[0]]) is not None]  # the store may have others, too
+            return [
+                [{"key": key[copy.path], "name": self.below_folder(copy.path), "label": copy.label()} for copy in group]
+                for group in find_duplicates(files, self.searcher.cache_dir, 1)
+            ]
+
+        groups = self.job("duplicates", find)
+        return JSONResponse({"working": groups is None, "groups": groups})
 
     def map(self, request):
         """The map of the gallery, or 503 while it is drawn."""
-        from search.map import map_pictures, page
 
-        gallery = self.require_gallery()
-        rows = dict(zip(gallery.paths, gallery.rows.tolist()))
-        captions = self.live.captions
-        if captions[1] is None:
-            raise HTTPException(503, "wait")
+        def draw(gallery):
+            from search.map import map_pictures, page
 
-        def draw():
-            vectors = gallery.vectors[gallery.rows]
-            pictures = map_pictures(vectors, list(gallery.paths), *captions, 1)
-            return page(pictures, lambda path: f"/picture/{rows[path]}?large")
+            paths = list(gallery.paths)
+            pictures = map_pictures(gallery.vectors[gallery.rows], paths, *self.live.captions, 1)
+            key = {path: gallery.key_of(position) for position, path in enumerate(paths)}
+            return page(pictures, lambda path: f"/picture/{key[path]}?large")
 
-        html = self.job("map", gallery, draw)
+        html = None if self.live.captions[1] is None else self.job("map", draw)
         if html is None:
             raise HTTPException(503, "wait")
         return HTMLResponse(html, headers=MAP_POLICY)
 
-    def job(self, name, gallery, function):
-        """What function() gives for this gallery; None until a thread has it. Raises UserError where it failed."""
-        import threading
+    def job(self, name, function):
+        """What function(gallery) gives for the gallery as it is now; None until a thread has it.
 
-        known = self.jobs.get(name)
-        if known is None or known["gallery"] is not gallery and not known["running"]:
-            known = self.jobs[name] = {"gallery": gallery, "running": True, "result": None, "error": None}
-
-            def run(job=known):
-                try:
-                    job["result"] = function()
-                except (UserError, OSError, ValueError) as error:
-                    job["error"] = str(error)
-                job["running"] = False
-
-            threading.Thread(target=run, daemon=True).start()
+        None also while pictures are embedded. Raises UserError where it failed.
+        """
+        gallery = self.require_gallery()
+        with self.lock:
+            known = self.jobs.get(name)
+            if known is None or known["gallery"] is not gallery and not known["running"]:
+                if self.live.working:
+                    return None
+                known = self.jobs[name] = {"gallery": gallery, "running": True, "result": None, "error": None}
+                threading.Thread(target=run_job, args=(known, function), daemon=True).start()
         if known["error"]:
             raise UserError(known["error"])
         return known["result"]
@@ -260,14 +269,14 @@ def number(value, name):
     return int(text)
 
 
-def stats_of(gallery):
-    """(path, bytes, modification time in ns) of a gallery's files that are there."""
-    for path in gallery.paths:
-        try:
-            stat = Path(path).stat()
-        except OSError:
-            continue
-        yield path, stat.st_size, stat.st_mtime_ns
+def run_job(job, function):
+    """Runs what a `Page.job` is about. Any error is kept, so that the page can show it."""
+    try:
+        job["result"] = function(job["gallery"])
+    except Exception as error:
+        job["error"] = str(error) or type(error).__name__
+    finally:
+        job["running"] = False
 
 
 def draw_tile(path):
@@ -288,14 +297,24 @@ def encode(picture):
     return cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
 
 
-def jpeg(picture):
-    return Response(encode(picture), media_type="image/jpeg", headers=CACHED)
-
-
 def say(request, error):
     """What a person reads where something went wrong."""
     status = error.status_code if isinstance(error, HTTPException) else 400
     return JSONResponse({"error": error.detail if isinstance(error, HTTPException) else str(error)}, status)
+
+
+class OwnSiteOnly:
+    """Refuses what another website's page asks for in a person's browser, but for a link to the page itself."""
+
+    def __init__(self, app):
+        self.app = app
+
+    async def __call__(self, scope, receive, send):
+        headers = dict(scope.get("headers", ()))
+        if headers.get(b"sec-fetch-site") == b"cross-site" and scope["path"] != "/":
+            await JSONResponse({"error": "asked by another website"}, 403)(scope, receive, send)
+        else:
+            await self.app(scope, receive, send)
 
 
 def build_app(searcher, live, hosts):
@@ -308,15 +327,15 @@ def build_app(searcher, live, hosts):
         Route("/api/upload", page.upload, methods=["POST"]),
         Route("/api/classify", page.classify),
         Route("/api/duplicates", page.duplicates),
-        Route("/api/picture/{row:int}", page.details),
-        Route("/picture/{row:int}", page.picture),
-        Route("/heat/{row:int}", page.heat),
+        Route("/api/picture/{key}", page.details),
+        Route("/picture/{key}", page.picture),
+        Route("/heat/{key}", page.heat),
         Route("/map", page.map),
         Route("/run/{name}", page.run_file),
         Mount("/static", StaticFiles(directory=PAGE)),
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts)],
+        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(OwnSiteOnly)],
         exception_handlers={UserError: say, HTTPException: say},
     )

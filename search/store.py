@@ -30,7 +30,7 @@ STALE = (
     "listed LEFT JOIN pictures USING (path) WHERE pictures.path IS NULL "
     "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed"
 )
-FORMAT = "pictures with content and date"  # part of cache keys
+FORMAT = "pictures with a hash of the file, and a date"  # part of cache keys
 TIMEOUT = 60  # seconds to wait for another command's transaction
 MAGIC = b"CLIP vectors 1"
 HEADER = 64  # bytes, so that rows are aligned
@@ -189,6 +189,10 @@ class Store:
         """Yields (row, path) of all pictures that can be read and meet a condition on the table's columns and DATE."""
         query = f"SELECT row, path FROM pictures WHERE row IS NOT NULL AND {where} ORDER BY path"
         return self.database.execute(query, values)
+
+    def files(self):
+        """Yields (row, path, bytes, changed) of all pictures that can be read."""
+        return self.database.execute("SELECT row, path, bytes, changed FROM pictures WHERE row IS NOT NULL")
 
     def date_of(self, path):
         """The time a picture was taken, or else that of its file; None for one that is not here."""

@@ -70,10 +70,10 @@ def take_over_moved(store):
     for entry in store.stale_with_known_size():
         with contextlib.suppress(OSError):  # gone meanwhile
             contents[entry] = digest(read_bytes(entry[0]))
-    known = store.with_content(set(contents.values()))
+    with store.transaction():  # so that no other process numbers the rows again in between
+        known, vectors = store.with_content(set(contents.values())), store.vectors()
     moved = [(*entry, content, *known[content]) for entry, content in contents.items() if content in known]
     if moved:
-        vectors = store.vectors()
         store.add([(path, size, changed, content, taken, vectors[row]) for path, size, changed, content, row, taken in moved])
         print(f"recognised {len(moved):,} pictures by their content: renamed, moved or copied")
 

@@ -1,5 +1,6 @@
 """The command line for people: a help of one screen, and mistakes that are answered with what was meant."""
 
+import importlib
 import re
 import sys
 
@@ -63,14 +64,18 @@ def test_flags_that_are_on_can_be_turned_off():
     assert parse_config(["shapes", "--hflip", "--no-download"], "shapes")[0].hflip
 
 
-@pytest.mark.parametrize("function", [*evaluate.TASKS.values(), inference.search, app.serve])
+def tasks():
+    return [getattr(importlib.import_module(module), task) for task, (module, _, _) in evaluate.TASKS.items()]
+
+
+@pytest.mark.parametrize("function", [*tasks(), inference.Search, app.serve])
 def test_the_help_of_a_command_explains_each_flag_once(function, capsys):
     shown = printed_help(capsys, run_cli, function, "command.py", ["--help"], ["python command.py here"])
     assert shown.index("  python command.py here") < shown.index("Flags")
     flags = flags_in(shown)
-    assert flags and len(flags) == len(set(flags)) and "device" in flags or function is evaluate.leaks
+    assert flags and len(flags) == len(set(flags)) and "device" in flags or function.__name__ == "leaks"
     assert not re.search(r"^  (--\S+ \S+|\S+ \.\.\.)\s*$", re.sub(r"\n {38}", " ", shown), re.MULTILINE)  # one without text
-    if function is not inference.search:
+    if function is not inference.Search:
         assert "json-path" not in flags and "QUERY" not in shown
     else:
         assert "json" in flags and "[QUERY ...]" in shown and "--export '' " in shown
@@ -81,7 +86,7 @@ def test_the_help_of_evaluate_has_an_example_per_task(monkeypatch, capsys):
     evaluate.main()
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
-    assert all(f"\n  {task} --" in shown for task in evaluate.TASKS) and list(evaluate.EXAMPLES) == list(evaluate.TASKS)
+    assert all(f"\n  {task} --" in shown for task in evaluate.TASKS)
 
 
 def test_the_help_of_the_generator(capsys):
@@ -114,7 +119,7 @@ def test_an_encoder_named_as_a_preset_is_no_late_preset():
 
 def test_words_without_quotes_are_asked_about():
     with pytest.raises(UserError, match='python inference.py "a red circle"'):
-        inference.search(("a", "red", "circle"))
+        inference.main(["a", "red", "circle"])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")

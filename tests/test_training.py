@@ -29,6 +29,7 @@ from utils.errors import UserError
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png",
     "similarity.png", "matches.png", "README.md", "splits.csv", "cache.txt",
+    "relevance.json", "relevance.png", "references.npy",
 }  # fmt: skip
 
 

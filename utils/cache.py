@@ -106,6 +106,7 @@ def cached_tensor(path, shape, dtype, compute, remedy="delete what is in it"):
 
 
 USES_FILE = "cache.txt"  # in a run folder
+KEPT = "relevance-"  # in front of the names of what cannot be computed again without more than the run
 
 
 def note_use(run_dir, path):
@@ -148,7 +149,7 @@ def cache(cache_dir: str = ".cache", runs: tuple[str, ...] = ("runs",), delete: 
             users[stem].append(str(uses.parent))
     unused = 0
     for path in sorted(folder.iterdir()):
-        if path.suffix == ".tmp":  # being written
+        if path.suffix == ".tmp" or path.name.startswith(KEPT):  # being written, or learned from data of the user's
             continue
         size, used_by = bytes_in(path), users.get(path.stem)
         print(f"{size / 1e9:8.2f} GB  {path.name}  {', '.join(used_by) if used_by else 'used by no run'}")

@@ -16,9 +16,10 @@ def date_taken(file):
     try:
         with Image.open(file) as picture:
             exif = picture.getexif()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):  # not a picture, or damaged
+        texts = exif.get_ifd(EXIF_IFD).get(DATE_ORIGINAL), exif.get(DATE_CHANGED)
+    except Exception:  # of many types: not a picture, or damaged EXIF data, which is no reason to leave the picture out
         return None
-    for text in (exif.get_ifd(EXIF_IFD).get(DATE_ORIGINAL), exif.get(DATE_CHANGED)):
+    for text in texts:
         with contextlib.suppress(TypeError, ValueError):  # missing, or "0000:00:00 00:00:00" of a camera without a clock
             return datetime.strptime(str(text).strip("\0 "), "%Y:%m:%d %H:%M:%S").isoformat()
     return None

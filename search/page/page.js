@@ -1,16 +1,16 @@
-// The page: what is asked is in the address, so a link holds the query. Words: row, the number of a picture; tile, its small image.
+// The page: what is asked is in the address, so a link holds the query. Words: key, the name of a picture; tile, its small image.
 
 const FIELDS = ["q", "minus", "after", "before", "folder"]; // inputs that are in the address by their names
 const POLL = 1000; // milliseconds
 
 const at = (id) => document.getElementById(id);
-let rows = []; // of the pictures in the grid, in their order
+let keys = []; // of the pictures in the grid, in their order
 let page = 0; // the next one to load
 let asked = 0; // counts searches, so that late answers to earlier ones are dropped
 let loading = false;
 let floor = ""; // "0" once everything is to be shown
 let upload = null; // {key, name, captions, url} of a picture from outside
-let shown = -1; // position in rows of the picture in the viewer
+let shown = -1; // position in keys of the picture in the viewer
 let known = -1; // pictures that were there at the last look
 
 function element(name, properties = {}, ...children) {
@@ -53,23 +53,23 @@ async function search() {
   clear("");
   at("message").textContent = "";
   document.title = at("q").value ? `${at("q").value} · Picture search` : "Picture search";
-  if (at("q").value.trim() || upload || likeRow()) await loadMore();
+  if (at("q").value.trim() || upload || likeKey()) await loadMore();
   else at("message").textContent = "Type what a picture shows, or drop a picture here.  /  goes to the search field.";
 }
 
 function clear(newFloor) {
   asked += 1;
-  [rows, page, loading, floor] = [[], 0, false, newFloor];
+  [keys, page, loading, floor] = [[], 0, false, newFloor];
   at("grid").replaceChildren();
 }
 
-const likeRow = () => new URLSearchParams(location.search).get("like");
+const likeKey = () => new URLSearchParams(location.search).get("like");
 
 async function loadMore() {
   if (loading || page < 0) return;
   loading = true;
   const mine = asked;
-  const query = address({ like: upload ? "" : likeRow(), upload: upload && upload.key, page, floor });
+  const query = address({ like: upload ? "" : likeKey(), upload: upload && upload.key, page, floor });
   try {
     const answer = await ask(`/api/search?${query}`);
     if (mine !== asked) return;
@@ -93,12 +93,12 @@ function showMatches(answer) {
     at("message").textContent = `Best of ${answer.of.toLocaleString()} pictures`;
   }
   for (const match of nothing ? answer.matches.slice(0, 1) : relevant) {
-    at("grid").append(tile(match, rows.length));
-    rows.push(match.row);
+    at("grid").append(tile(match, keys.length));
+    keys.push(match.key);
   }
   const more = answer.more && relevant.length === answer.matches.length;
   if (!more && !nothing && !floor && answer.matches.length) {
-    at("message").replaceChildren(`${rows.length} of ${answer.of.toLocaleString()} pictures match. `, showAll);
+    at("message").replaceChildren(`${keys.length} of ${answer.of.toLocaleString()} pictures match. `, showAll);
   }
   page = more ? page + 1 : -1;
 }
@@ -110,12 +110,16 @@ function showEverything() {
 }
 
 function tile(match, position) {
-  const image = element("img", { src: `/picture/${match.row}`, alt: match.name, loading: "lazy" });
+  const image = element("img", { src: `/picture/${match.key}`, alt: match.name, loading: "lazy" });
   image.onerror = () => (button.hidden = true); // deleted since it was found
   const label = element("span", {}, `${match.label}  ${match.name}`);
   const button = element("button", { className: "tile", type: "button", title: match.name }, image, label);
   if (position !== null) button.onclick = () => view(position);
-  else button.onclick = () => viewRow(match.row);
+  else
+    button.onclick = () => {
+      shown = -1; // not one of the search's pictures
+      viewPicture(match.key);
+    };
   return button;
 }
 
@@ -170,22 +174,24 @@ async function classify(event) {
 // ---- the viewer ------------------------------------------------------------------------------------------------------
 
 function view(position) {
-  if (position < 0 || position >= rows.length) return;
+  if (position < 0 || position >= keys.length) return;
   shown = position;
-  viewRow(rows[position]);
-  if (position > rows.length - 6) loadMore();
+  viewPicture(keys[position]);
+  if (position > keys.length - 6) loadMore();
 }
 
-async function viewRow(row) {
-  at("viewer").dataset.row = row;
-  at("large").src = `/picture/${row}?large`;
+const step = (by) => shown >= 0 && view(shown + by);
+
+async function viewPicture(key) {
+  at("viewer").dataset.key = key;
+  at("large").src = `/picture/${key}?large`;
   for (const id of ["path", "facts"]) at(id).textContent = "";
   at("captions").replaceChildren();
   at("explain").hidden = !at("q").value.trim();
   if (!at("viewer").open) at("viewer").showModal();
   try {
-    const { path, date, captions } = await ask(`/api/picture/${row}`);
-    if (at("viewer").dataset.row !== String(row)) return;
+    const { path, date, captions } = await ask(`/api/picture/${key}`);
+    if (at("viewer").dataset.key !== key) return;
     at("path").textContent = path;
     at("large").alt = path;
     at("facts").textContent = date || "";
@@ -196,19 +202,19 @@ async function viewRow(row) {
 }
 
 function more() {
-  const row = at("viewer").dataset.row;
+  const key = at("viewer").dataset.key;
   at("viewer").close();
   removeUpload();
   at("q").value = at("minus").value = "";
   select("results");
-  go({ like: row });
+  go({ like: key });
   scrollTo(0, 0);
 }
 
 function explain() {
-  const row = at("viewer").dataset.row;
-  const heat = `/heat/${row}?${new URLSearchParams({ q: at("q").value.trim() })}`;
-  at("large").src = at("large").src.includes("/heat/") ? `/picture/${row}?large` : heat;
+  const key = at("viewer").dataset.key;
+  const heat = `/heat/${key}?${new URLSearchParams({ q: at("q").value.trim() })}`;
+  at("large").src = at("large").src.includes("/heat/") ? `/picture/${key}?large` : heat;
 }
 
 // ---- tabs ------------------------------------------------------------------------------------------------------------
@@ -301,8 +307,8 @@ addEventListener("keydown", (event) => {
   const typing = event.target.matches("input");
   if (event.ctrlKey || event.metaKey || event.altKey) return;
   if (at("viewer").open) {
-    if (event.key === "ArrowRight") view(shown + 1);
-    if (event.key === "ArrowLeft") view(shown - 1);
+    if (event.key === "ArrowRight") step(1);
+    if (event.key === "ArrowLeft") step(-1);
     if (event.key === "m") more();
     if (event.key === "h" && !at("explain").hidden) explain();
     return;
@@ -347,8 +353,8 @@ at("viewer").onclose = () => {
   const tiles = at("grid").children;
   if (shown >= 0 && tiles[shown]) tiles[shown].focus();
 };
-at("previous").onclick = () => view(shown - 1);
-at("next").onclick = () => view(shown + 1);
+at("previous").onclick = () => step(-1);
+at("next").onclick = () => step(1);
 at("like").onclick = more;
 at("explain").onclick = explain;
 for (const name of Object.keys(openers)) at(`tab-${name}`).onclick = () => select(name);

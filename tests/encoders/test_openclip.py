@@ -304,10 +304,11 @@ def test_an_onnx_file_gives_the_embeddings(family, families, tmp_path):
 
 def test_a_name_is_searched_with(families, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    inference.search(query=("a red circle",), run=name_of(families, "siglip"), images=str(sample / "Images"), n=2, device="cpu")
+    query = {"query": ("a red circle",), "run": name_of(families, "siglip"), "device": "cpu"}
+    inference.search(inference.Search(**query, images=str(sample / "Images"), n=2))
     assert (tmp_path / "matches.png").exists() and "144 pictures" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no pictures and captions of its own; name a folder"):
-        inference.search(query=("a red circle",), run=name_of(families, "siglip"), device="cpu")
+        inference.search(inference.Search(**query))
 
 
 def test_names_and_checkpoints_that_do_not_fit_are_named(families, tmp_path):

@@ -132,6 +132,7 @@ def test_pictures_are_selected_by_date_and_folder(opened, folder):
         gallery = found.select(Filters(**wanted))
         scores, positions = gallery.top_k(gallery.embedding_of(0), 1)
         assert positions.tolist() == [0] and scores[0] == pytest.approx(1, abs=1e-3)
+        assert all(gallery.position_of(gallery.key_of(position)) == position for position in range(len(gallery.paths)))
         return [os.path.basename(path) for path in gallery.paths]
 
     assert selected(before="2021") == [names[0]]
@@ -140,7 +141,7 @@ def test_pictures_are_selected_by_date_and_folder(opened, folder):
     assert len(selected(after="2022-01")) == 4 and len(selected()) == 7
     assert selected(folder="It[[]a]ly/*") == [names[1]] and len(selected(folder="deeper/*")) == 6
     for wrong in ("2021-13", "June", "2021-06-31"):
-        with pytest.raises(UserError, match=f"--after {wrong}: no date"):
+        with pytest.raises(UserError, match=f"after {wrong}: no date"):
             found.select(Filters(after=wrong))
     with pytest.raises(UserError, match="none of the 7 pictures"):
         found.select(Filters(before="1990"))
