@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.formats import PICTURE_ENDINGS
 
 QUIET = 500  # milliseconds without a further change, after which changes are taken in
+WORK_PER_LOOK = 10  # how many times as long pictures are embedded as reading what is there takes
 LOOK_EVERY = 2000  # milliseconds until the watching notices that it is to stop
 
 
@@ -71,7 +72,7 @@ class LiveGallery:
                 if started >= next_look:  # reading a large gallery takes a while
                     found = read_gallery(store, self.folder, exact=True)
                     self.gallery = found if len(found.rows) else None
-                    next_look = time.monotonic() + 10 * (time.monotonic() - started)
+                    next_look = time.monotonic() + WORK_PER_LOOK * (time.monotonic() - started)
 
             update_store(store, self.searcher, self.list_files(), self.folder, self.num_workers, show)
             found = read_gallery(store, self.folder, exact=False)

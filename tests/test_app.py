@@ -249,6 +249,7 @@ def test_results_appear_while_embedding_and_follow_the_folder(run, sample, tmp_p
     monkeypatch.setattr(update, "SHOW_EVERY", 5)
     monkeypatch.setattr("search.live.QUIET", 100)
     monkeypatch.setattr("search.live.LOOK_EVERY", 200)
+    monkeypatch.setattr("search.live.WORK_PER_LOOK", 0)
     names = sorted(path.name for path in (sample / "Images").iterdir())[:21]
     (tmp_path / "pictures").mkdir()
     for name in names[:20]:

@@ -239,6 +239,8 @@ def test_in_fp16_a_step_whose_gradient_is_not_finite_is_left_out_and_only_a_run_
     assert list(pd.read_csv(tmp_path / "run" / "history.csv")["skipped_steps"]) == [2]  # of three
     assert pd.read_csv(tmp_path / "run" / "history.csv")["loss"].notna().all()
     overflowing[0] = 10**6
+    monkeypatch.setattr(steps, "CHECK_EVERY", 3)
+    monkeypatch.setattr(steps, "MIN_LOSS_SCALE", 2.0**13)  # reached after four steps
     with pytest.raises(UserError, match="in fp16 the gradient of too many steps in a row is not finite"):
         train(small_flags(epochs=20, precision="fp16", resume="yes"))
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
