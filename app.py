@@ -34,9 +34,9 @@ def serve(
     """Serves a page to search pictures by words and pictures, to look at them, and to find duplicates.
 
     Args:
-        run: run folder; empty: the newest in runs/
+        run: run folder, or name of a pretrained model; empty: the newest in runs/
         images: folder to search, with its subfolders, which is watched for changes; empty: the run's own validation pictures
-        host: address to listen on; 0.0.0.0 lets other machines connect
+        host: address to listen on; 0.0.0.0 lets everyone in the network see the pictures, without a password
         port: port to listen on
         cache_dir: folder where embeddings are cached
         num_workers: threads that decode pictures

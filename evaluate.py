@@ -125,9 +125,9 @@ TASKS = {  # where each is, what to write behind python evaluate.py, and what it
     "match": ("evaluate", "match --run runs/shapes --choices 4", "multiple choice among captions"),
     "zeroshot": ("evaluation.zeroshot", "zeroshot --run runs/best --images FOLDER", "classes by their names"),
     "sts": ("evaluation.sts", "sts --run runs/best --file sts-test.csv", "similarity of sentences, against human ratings"),
-    "twins": ("evaluation.twins", "twins --run runs/shapes", "pictures that differ in one word"),
+    "twins": ("evaluation.twins", "twins --run runs/shapes", "word order: captions of the same words"),
     "compare": ("evaluation.compare", "compare --run runs/shapes runs/paper", "models side by side"),
-    "calibrate": ("evaluation.relevance", "calibrate --run runs/shapes", "from which score on a picture matches"),
+    "calibrate": ("evaluation.relevance", "calibrate --run runs/shapes", "the score above which a picture matches"),
     "leaks": ("evaluation.leaks", "leaks --data-dir Datasets/shapes", "pictures that are in two splits"),
 }
 

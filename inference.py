@@ -51,16 +51,16 @@ class Search:
     image: str = ""  # picture to find captions and look-alikes of, or to classify
     classify: tuple[str, ...] = ()  # class names to choose from for the picture of --image
     # Where to look
-    run: str = ""  # run folder; empty: the newest under runs/
+    run: str = ""  # run folder, or name of a pretrained model; empty: the newest under runs/
     images: str = ""  # folder to search, with its subfolders, or 'DIR/*.tar'; empty: the run's own validation pictures
-    after: str = ""  # only pictures taken since then: 2021, 2021-06 or 2021-06-30; of EXIF, else the file's time
+    after: str = ""  # only pictures taken since then, as 2021, 2021-06 or 2021-06-30 (EXIF date, else the file's)
     before: str = ""  # only pictures taken before that
-    folder: str = ""  # only pictures whose path below --images matches, as 'Italy/*'
+    folder: str = ""  # only pictures whose path below --images matches this; 'Italy/*': all in Italy
     exact: bool = False  # compare with every picture, even if there are more than 100,000
     # What to show
     n: int = 9  # pictures to find
     more: int = 0  # 1: the next n pictures, 2: those after them, and so on
-    floor: float = WRONG_SHARE  # share of pictures that do not match that may be shown nevertheless; 0: show everything
+    floor: float = WRONG_SHARE  # share of wrong pictures that may pass: smaller is stricter; 0 shows everything
     explain: bool = False  # draw a heat map over each picture: which parts match the text
     output: str = "matches.png"  # PNG of the matches or duplicates
     json: str = ""  # file for the results
@@ -68,7 +68,7 @@ class Search:
     duplicates: bool = False  # find files that are the same photograph
     map: str = ""  # write a map of all pictures into this HTML file, and a PNG beside it
     embed_only: bool = False  # only embed the pictures, for later searches; with torchrun in several processes
-    export: Literal["", "onnx"] = ""  # write the run's encoders in this format
+    export: Literal["", "onnx"] = ""  # write the run's encoders in this format, into RUN/onnx
     # Machine
     cache_dir: str = ".cache"  # folder where embeddings are kept for the next query
     num_workers: int = 4  # threads that decode pictures
@@ -124,7 +124,7 @@ def search(options):
         answer = answer_text(searcher, options)
     if options.json:
         write_json(options.json, answer)
-    searcher.keep_text_encoder()
+    searcher.save_text_encoder()
 
 
 def refuse_unclear(options):
@@ -133,17 +133,16 @@ def refuse_unclear(options):
         raise UserError(f"--n {options.n}, --more {options.more}: must be at least 1 and at least 0")
     if not 0 <= options.floor < 1:
         raise UserError(f"--floor {options.floor}: is a share of wrong pictures, from 0 (show everything) to below 1")
-    words = bool(options.query or options.similar_to)
-    asked = words + bool(options.query_file) + bool(options.image)
-    instead = options.duplicates + bool(options.map) + options.embed_only + bool(options.export)
-    if instead and asked or instead > 1:
+    num_queries = bool(options.query or options.similar_to) + bool(options.query_file) + bool(options.image)
+    num_tasks = options.duplicates + bool(options.map) + options.embed_only + bool(options.export)
+    if num_tasks and num_queries or num_tasks > 1:
         raise UserError("--duplicates, --map, --embed-only, --export: look for nothing, and go alone; leave the query out")
-    if not instead and asked != 1:
+    if not num_tasks and num_queries != 1:
         raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
     if len(options.query) > 1 and not options.weights and not any(" " in text.strip() for text in options.query):
-        words = " ".join(options.query)
+        joined = " ".join(options.query)
         raise UserError(
-            f'several words without quotes; one query: python inference.py "{words}"; to add texts up, give them --weights, too'
+            f'several words without quotes; one query: python inference.py "{joined}"; to add texts, give them --weights, too'
         )
     if (options.minus or options.weights or options.explain) and not options.query:
         raise UserError("--minus, --weights and --explain: go with a text to look for")
@@ -206,7 +205,7 @@ def answer_text(searcher, options):
     if options.explain:
         from search.occlusion import heat_map
 
-        explain = partial(heat_map, searcher, embedding, pixels=GRID_PIXELS)
+        explain = partial(heat_map, searcher, parts[0], pixels=GRID_PIXELS)  # of the texts
     if shown:
         draw_matches(title, shown, options.output, show=True, read_picture=explain)
     return answer
@@ -220,11 +219,13 @@ def show_matches(title, matches, more):
     relevant = [match for match in matches if match.relevant]
     answer = {"query": title, "matches": [match.record() for match in relevant]}
     if matches and not relevant and not more:
-        print(f"{title!r}: nothing here matches (best guess below)")
+        print(f"{title!r}: nothing here matches (best guess below; --floor 0 shows all)")
         print_matches(matches[:1])
         return answer | {"best_guess": matches[0].record()}
     print(f"{title!r}:" if relevant else f"{title!r}: no more pictures match")
     print_matches(relevant)
+    if relevant and len(relevant) < len(matches):
+        print(f"{len(relevant)} of the best {len(matches)} are above the relevance floor; --floor 0 shows all")
     return answer
 
 

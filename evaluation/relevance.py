@@ -11,9 +11,9 @@ from utils.errors import UserError
 from utils.files import write_json
 
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
-MIN_IMAGES = 20
+MIN_IMAGES = 20  # fewer say too little
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
-MIN_WRONG = 10  # wrong pairs without which the others are taken, too
+MIN_WRONG = 10  # with fewer wrong pairs, all pairs that are not right count as wrong
 MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
 NUM_BINS = 10  # of the reliability diagram and the calibration error
 
@@ -21,17 +21,18 @@ NUM_BINS = 10  # of the reliability diagram and the calibration error
 def label_pairs(T_e, image_of_text, num_images):
     """(right, wrong): two (m, n) masks. A pair is right where the caption was written for the image.
 
-    It is neither where one of the image's own captions is as near to the caption as two captions of one image usually are:
-    such a picture shows what the caption says. T_e: (m, d_e), L2-normalised. image_of_text: (m,).
+    It is neither where the image has a caption that is at least as similar to this text as two captions of one image usually
+    are: such a picture shows what the text says. T_e: (m, d_e), L2-normalised. image_of_text: (m,).
     """
     right = image_of_text[:, None] == np.arange(num_images)
-    order = np.argsort(image_of_text, kind="stable")
-    starts = np.searchsorted(image_of_text[order], np.arange(num_images))
-    near = np.maximum.reduceat((T_e @ T_e.T)[:, order], starts, axis=1)  # (m, n) each image's nearest caption
-    same_image = [
-        T_e[a] @ T_e[b] for rows in np.split(order, starts[1:]) for a, b in zip(rows, rows[1:])
-    ]  # neighbouring captions of one image
-    return right, ~right & (near < (np.median(same_image) if same_image else np.inf))
+    similarity, similarities_within_image = T_e @ T_e.T, []
+    nearest_caption = np.empty(right.shape, dtype=np.float32)
+    for image in range(num_images):
+        captions = np.flatnonzero(image_of_text == image)
+        nearest_caption[:, image] = similarity[:, captions].max(axis=1)
+        similarities_within_image += [similarity[a, b] for a, b in zip(captions, captions[1:])]
+    usual = np.median(similarities_within_image) if similarities_within_image else np.inf
+    return right, ~right & (nearest_caption < usual)
 
 
 def fit_relevance(I_e, T_e, image_of_text):
@@ -39,31 +40,50 @@ def fit_relevance(I_e, T_e, image_of_text):
 
     image_of_text: (m,) the index of each caption's image. The images become the references.
     """
-    from sklearn.isotonic import IsotonicRegression  # only here: these imports take a second
-    from sklearn.linear_model import LogisticRegression
+    from sklearn.isotonic import IsotonicRegression  # only here: this import takes a second
 
     cosines = T_e @ I_e.T  # (m, n)
     right, wrong = label_pairs(T_e, image_of_text, len(I_e))
     if wrong.sum() < MIN_WRONG:  # nearly all captions are alike
         wrong = ~right
-    mean, deviation = reference_statistics(cosines)
+    mean, spread = reference_statistics(cosines)
     # Searched pictures are not among the references, so a caption's own image does not count in its mean.
     mean = (len(I_e) * mean - cosines[np.arange(len(cosines)), image_of_text]) / (len(I_e) - 1)
-    used = np.concatenate([np.flatnonzero(right), evenly(np.flatnonzero(wrong), MAX_WRONG)])
-    rows = used // len(I_e)
-    features = np.stack([cosines.flat[used], mean[rows], deviation[rows]], axis=1)
-    scale = features.std(axis=0) + 1e-9
-    weights = LogisticRegression().fit((features - features.mean(axis=0)) / scale, right.flat[used]).coef_[0] / scale
-    if weights[0] <= 0:  # a model that has learned nothing yet
-        weights = np.array([1.0, 0, 0])
-    scores = cosines * weights[0] + (weights[1] * mean + weights[2] * deviation)[:, None]
+    weights = fit_weights(cosines, mean, spread, right, wrong)
+    scores = weights[0] * cosines + (weights[1] * mean + weights[2] * spread)[:, None]
     shares = [share for share in SHARES if share * wrong.sum() >= 1]
     floors = np.quantile(scores[wrong], 1 - np.array(shares))
-    kept = [(scores[right] >= floor).mean() for floor in floors]
     pairs = (right | wrong) & (scores >= scores[right].min())  # below, the probability is 0
     isotonic = IsotonicRegression(y_min=0, y_max=1).fit(scores[pairs], right[pairs])  # Zadrozny and Elkan 2002
-    curves = weights, shares, floors, kept, isotonic.X_thresholds_, isotonic.y_thresholds_
-    return Relevance(I_e, *([round(float(value), 6) for value in values] for values in curves))
+    return Relevance(
+        references=I_e,
+        weights=plain(weights),
+        shares=plain(shares),
+        floors=plain(floors),
+        right_above_floor=plain((scores[right] >= floor).mean() for floor in floors),
+        scores=plain(isotonic.X_thresholds_),
+        probabilities=plain(isotonic.y_thresholds_),
+    )
+
+
+def fit_weights(cosines, mean, spread, right, wrong):
+    """How much a cosine, the mean and the spread count, (3,), by a logistic regression that tells right pairs from wrong ones.
+
+    cosines, right, wrong: (m, n). mean, spread: (m,).
+    """
+    from sklearn.linear_model import LogisticRegression  # only here: this import takes a second
+
+    used = np.concatenate([np.flatnonzero(right), evenly(np.flatnonzero(wrong), MAX_WRONG)])
+    rows = used // cosines.shape[1]
+    features = np.stack([cosines.flat[used], mean[rows], spread[rows]], axis=1)
+    scale = features.std(axis=0) + 1e-9
+    fitted = LogisticRegression().fit((features - features.mean(axis=0)) / scale, right.flat[used])
+    weights = fitted.coef_[0] / scale  # of the features before they were standardised
+    return weights if weights[0] > 0 else np.array([1.0, 0, 0])  # else the model has learned nothing yet
+
+
+def plain(values):
+    return [round(float(value), 6) for value in values]
 
 
 def evenly(values, count):
@@ -74,12 +94,12 @@ def evenly(values, count):
 def measure_relevance(relevance, I_e, T_e, image_of_text):
     """How a `Relevance` does on pairs that it was not learned from; the arguments are those of `fit_relevance`.
 
-    Returns {"images", "captions", "false_alarms", "kept", "calibration_error", "bins"}: false_alarms and kept are the
-    percentages of wrong and of right pairs above the floor; calibration_error is the expected one (Guo et al. 2017), in points,
-    of the pairs above the floor; bins are [mean probability, share of right pairs, pairs] of these.
+    Returns {"images", "captions", "wrong_above_floor", "right_above_floor", "calibration_error", "bins"}. The two in the middle
+    are percentages of the wrong and of the right pairs. calibration_error is the expected one (Guo et al. 2017), in points, of
+    the pairs above the floor; bins are [mean probability, share of right pairs, number of pairs] of these.
     """
     right, wrong = label_pairs(T_e, image_of_text, len(I_e))
-    scores = np.stack([relevance.correct(cosines, text) for cosines, text in zip(T_e @ I_e.T, T_e)])
+    scores = np.stack([relevance.corrected_scores(cosines, text) for cosines, text in zip(T_e @ I_e.T, T_e)])
     above = scores >= relevance.floor(WRONG_SHARE)
     shown = above & (right | wrong)
     probabilities, correct = relevance.probability(scores[shown]), right[shown]
@@ -92,8 +112,8 @@ def measure_relevance(relevance, I_e, T_e, image_of_text):
     return {
         "images": len(I_e),
         "captions": len(T_e),
-        "false_alarms": 100 * float(above[wrong].mean()) if wrong.any() else 0.0,
-        "kept": 100 * float(above[right].mean()),
+        "wrong_above_floor": 100 * float(above[wrong].mean()) if wrong.any() else 0.0,
+        "right_above_floor": 100 * float(above[right].mean()),
         "calibration_error": 100 * error,
         "bins": bins,
     }
@@ -127,9 +147,10 @@ def write_relevance(folder, I_e, T_e, image_of_text, seed=0):
 
 def relevance_line(unseen):
     """A message with what `write_relevance` measured."""
+    wrong, right = unseen["wrong_above_floor"], unseen["right_above_floor"]
     return (
         f"relevance floor: on {unseen['images']:,} images that it was not learned from, "
-        f"{unseen['false_alarms']:.2f}% of the wrong pictures and {unseen['kept']:.1f}% of the right ones are above it; "
+        f"{wrong:.2f}% of the wrong pictures and {right:.1f}% of the right ones are above it; "
         f"calibration error {unseen['calibration_error']:.1f} points"
     )
 
@@ -156,7 +177,7 @@ def calibrate(
         captions_path: captions file, if it is not in data_dir
         split: which images to learn from; all: every image of the data set
         skip_bad: leave out unusable rows and pictures instead of stopping
-        cache_dir: folder where it is kept for a model that has no run folder
+        cache_dir: folder where what is learned is kept for a model that has no run folder
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32

@@ -12,7 +12,7 @@ map.py           a map of a picture collection
 occlusion.py     heat maps: which parts of a picture match a text
 page/            what the browser gets: HTML, CSS and JavaScript
 queries.py       embed and answer queries: texts, pictures, class names
-relevance.py     from which score on a picture matches, and how probably
+relevance.py     the score above which a picture counts as a match
 run_data.py      the pictures and captions that a run was trained with
 searcher.py      a run, to search with: loads no more of it than a search needs
 server.py        the page's server

@@ -39,7 +39,7 @@ class Paths(Sequence):
 
 @dataclass
 class Filters:
-    """What a picture has to be, besides like the query. Empty: anything.
+    """Limits on dates and folders; empty: none.
 
     after, before: days, months or years, as 2021-06-30, 2021-06 or 2021; taken since the first moment of one and before that of
     the other. folder: a pattern of its path below the folder that is searched, as Italy/*.
@@ -84,7 +84,7 @@ class Gallery:
     store: Store
     generation: str  # of the store, when the rows were read
     folder: str  # that is searched; empty: some files
-    order: np.ndarray | None = None  # of the rows, once it is needed
+    order: np.ndarray | None = None  # argsort of the rows, computed at first use
 
     def top_k(self, embedding, n):
         """As the function `index.top_k`."""
@@ -98,10 +98,12 @@ class Gallery:
             return self
         found = list(self.store.pictures_where(*filters.condition(self.folder)))
         rows = np.array([row for row, _ in found], dtype=np.int64)
-        own = np.isin(rows, self.rows)  # the store may have other folders' pictures, too
-        if not own.any():
-            raise UserError(f"none of the {len(self.paths):,} pictures is from these dates and folders; choose others")
-        paths, rows = [path for (_, path), is_own in zip(found, own) if is_own], rows[own]
+        in_gallery = np.isin(rows, self.rows)  # the store may have other folders' pictures, too
+        if not in_gallery.any():
+            raise UserError(
+                f"none of the {len(self.paths):,} pictures is from these dates and folders; a folder needs /* behind it"
+            )
+        paths, rows = [path for (_, path), is_in in zip(found, in_gallery) if is_in], rows[in_gallery]
         compressed = None
         if self.compressed and len(rows) > index.APPROXIMATE_FROM:
             compressed = CompressedIndex(self.compressed.index, self.vectors, rows)

@@ -11,12 +11,12 @@ from utils.errors import UserError
 from utils.formats import PICTURE_ENDINGS
 
 QUIET = 500  # milliseconds without a further change, after which changes are taken in
-WORK_PER_LOOK = 10  # how many times as long pictures are embedded as reading what is there takes
-LOOK_EVERY = 2000  # milliseconds until the watching notices that it is to stop
+WORK_PER_LOOK = 10  # embed for at least so many times as long as the last reading of the gallery took
+LOOK_EVERY = 2000  # milliseconds after which the watcher checks whether to stop
 
 
 class LiveGallery:
-    """What there is to search now, from a thread of its own.
+    """A `search.gallery.Gallery` that a thread keeps up to date.
 
     list_files: a function that gives the files, as for `search.gallery.open_gallery`. folder: that is watched; empty: none.
 
@@ -28,9 +28,9 @@ class LiveGallery:
         self.searcher, self.list_files, self.folder, self.num_workers = searcher, list_files, folder, num_workers
         self.gallery, self.total, self.working, self.problem, self.captions = None, 0, True, "", ([], None)
         self.stopped = threading.Event()
-        self.thread = threading.Thread(target=self.run, daemon=True)
+        self.thread = threading.Thread(target=self.run_thread, daemon=True)
 
-    def run(self):
+    def run_thread(self):
         """What the thread does. An error ends it, and is shown on the page."""
         try:
             self.follow()
@@ -43,7 +43,7 @@ class LiveGallery:
         """Embeds what is new, then waits for changes, until it is stopped."""
         self.update()
         self.captions = embed_captions(self.searcher)
-        self.searcher.keep_text_encoder()
+        self.searcher.save_text_encoder()
         if self.folder:
             import watchfiles  # only here: a run's own pictures do not change
 

@@ -121,7 +121,7 @@ def judge(matches, embedding, relevance, wrong_share=WRONG_SHARE):
     """
     if relevance is None:
         return [Match(name, score) for name, score in matches]
-    scores = relevance.correct([score for _, score in matches], embedding)
+    scores = relevance.corrected_scores([score for _, score in matches], embedding)
     floor = relevance.floor(wrong_share)
     return [
         Match(name, cosine, float(relevance.probability(score)), bool(score >= floor))

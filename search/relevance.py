@@ -1,7 +1,7 @@
 """Whether a picture matches a text at all: the relevance floor and match probability of a run.
 
 Cosines of different texts do not compare: some texts are near all pictures. So a text's cosines are corrected by the mean and
-the deviation of its cosines with fixed reference pictures, which are kept with the run. How much each of the three counts, and
+the spread of its cosines with fixed reference pictures, which are kept with the run. How much each of the three counts, and
 the rest, `evaluation.relevance` learns from validation pairs.
 """
 
@@ -15,8 +15,8 @@ from utils.cache import KEPT, cache_key
 from utils.errors import UserError
 from utils.files import write_array, write_json
 
-FILES = "relevance.json", "references.npy"  # in a run folder
-WRONG_SHARE = 0.001  # of pictures that do not match, that may score above the floor
+JSON_FILE, REFERENCES_FILE = "relevance.json", "references.npy"  # in a run folder
+WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
 
 
 @dataclass
@@ -27,15 +27,15 @@ class Relevance:
     weights: list  # of a picture's cosine, and of the two `reference_statistics`
     shares: list  # of the wrong pairs that are above a floor, falling
     floors: list  # these floors, rising
-    kept: list  # shares of the right pairs that are above these floors
+    right_above_floor: list  # shares of the right pairs that are above these floors
     scores: list  # corrected scores, rising, and
     probabilities: list  # the share of pairs with such a score that were right
 
-    def correct(self, cosines, embedding):
+    def corrected_scores(self, cosines, embedding):
         """Cosines of a text, whose embedding is (d_e,), with pictures -> scores that compare between texts."""
-        of_cosine, of_mean, of_deviation = self.weights
-        mean, deviation = reference_statistics(self.references.astype(np.float32) @ embedding)
-        return of_cosine * np.asarray(cosines) + of_mean * mean + of_deviation * deviation
+        cosine_weight, mean_weight, spread_weight = self.weights
+        mean, spread = reference_statistics(self.references.astype(np.float32) @ embedding)
+        return cosine_weight * np.asarray(cosines) + mean_weight * mean + spread_weight * spread
 
     def floor(self, wrong_share):
         """The score that this share of wrong pictures exceeds; 0: no floor."""
@@ -49,15 +49,15 @@ class Relevance:
 
     def save(self, folder):
         """Writes it into a folder."""
-        write_array(Path(folder) / FILES[1], self.references.astype(np.float16))
-        write_json(Path(folder) / FILES[0], {name: value for name, value in asdict(self).items() if name != "references"})
+        write_array(Path(folder) / REFERENCES_FILE, self.references.astype(np.float16))
+        write_json(Path(folder) / JSON_FILE, {name: value for name, value in asdict(self).items() if name != "references"})
 
 
 def reference_statistics(cosines):
-    """(mean, deviation) of a text's cosines with the K references, (..., K).
+    """(mean, spread) of a text's cosines with the K references, (..., K).
 
-    The deviation is that of the lower half, from the median to the 16th percentile: the upper half may hold many pictures that
-    match, and texts of common things would then get too low scores.
+    The spread is the median minus the 16th percentile. The standard deviation also grows with the number of pictures that
+    match, so texts of common things would get too low scores.
     """
     low, median = np.quantile(cosines, (0.16, 0.5), axis=-1)
     return cosines.mean(axis=-1), median - low
@@ -70,11 +70,13 @@ def relevance_folder(run, cache_dir):
 
 def load_relevance(folder):
     """The `Relevance` in a folder; None if there is none. Raises UserError where it is damaged."""
-    path = Path(folder) / FILES[0]
+    path = Path(folder) / JSON_FILE
     if not path.exists():
         return None
     try:
-        return Relevance(**json.loads(path.read_text(encoding="utf-8")) | {"references": np.load(Path(folder) / FILES[1])})
+        return Relevance(
+            **json.loads(path.read_text(encoding="utf-8")) | {"references": np.load(Path(folder) / REFERENCES_FILE)}
+        )
     except (OSError, ValueError, TypeError, EOFError) as error:
         message = f"{path}: damaged or of another version ({error}); write it again with python evaluate.py calibrate"
         raise UserError(message) from None

@@ -1,7 +1,7 @@
 """A run, to search with. torch and the encoders take seconds to load, so they are loaded only when they are needed.
 
-A text query needs the text encoder only, which is kept in the cache (`search.text_session`), and the name of the gallery. Which
-these are is kept in a small file that belongs to the run's files as they are now.
+A text query needs the text encoder only, which is kept in the cache (`search.text_session`), and the name of the gallery. Their
+cache keys are kept in a small file, which is named after the sizes and times of the run's files.
 """
 
 import contextlib
@@ -79,7 +79,7 @@ class Searcher:
 
     def keys_path(self):
         stats = file_stats([Path(self.run) / name for name in RUN_FILES])
-        machine = HOST, os.environ.get("CUDA_VISIBLE_DEVICES")  # on which it depends what "auto" stands for
+        machine = HOST, os.environ.get("CUDA_VISIBLE_DEVICES")  # which decides what "auto" means
         return self.cache_dir / f"run-{cache_key(stats, self.device, self.precision, machine, VIEW, FORMAT)}.json"
 
     @property
@@ -134,6 +134,8 @@ class Searcher:
 
     def embed_file(self, path):
         """The embedding of one picture file, (d_e,) float32, L2-normalised. Raises UserError where it cannot be read."""
+        if Path(path).is_dir():
+            raise UserError(f"{path}: is a folder; --image and --similar-to name a picture, --images a folder")
         if not Path(path).is_file():
             raise UserError(f"{path}: no such file")
         return self.embed_picture(read_bytes(path), path)
@@ -150,18 +152,18 @@ class Searcher:
         I_f = image_features(model, [picture], device, dtype, 1)
         return project_and_normalize(model.image_projection, I_f, device)[0].numpy()
 
-    def keep_text_encoder(self):
-        """Writes the text encoder for later queries, where that pays: after a search that had to load the whole model."""
+    def save_text_encoder(self):
+        """Writes the text encoder for later queries, after a search that had to load the whole model."""
         if not self.is_loaded or not self.is_folder or self.model.open_clip or self.session_path().exists():
             return
         from search.text_session import write_text_session
 
-        print("keeping the text encoder in the cache, so that the next query starts at once", flush=True)
+        print("saving the text encoder to the cache; the next text query starts faster", flush=True)
         try:
             write_text_session(self.model, self.run, self.session_path())
             self.note_use(self.session_path())
         except Exception as error:  # a full disk, or a text encoder that torch.onnx cannot export, in many types
-            print(f"it was not kept: {first_line(error)}")
+            print(f"it was not saved: {first_line(error)}")
 
     def note_use(self, *paths):
         if self.is_folder:

@@ -119,7 +119,7 @@ class Page:
     def uploaded(self, value):
         embedding = self.uploads.get(value.get("upload", ""))
         if embedding is None:
-            raise UserError("this picture was given up meanwhile; drop it again")
+            raise UserError("this picture is no longer in memory; drop it again")
         return embedding
 
     def require_gallery(self):
@@ -162,7 +162,7 @@ class Page:
             raise UserError(f"name at least two classes, and at most {MAX_CLASSES}, with commas between them")
         embedding = self.picture_embedding(self.require_gallery(), value) if value.get("like") else self.uploaded(value)
         classes = classify_embedding(self.searcher.model, embedding, names)
-        return JSONResponse({"classes": [{"name": name, "probability": value} for name, value in classes]})
+        return JSONResponse({"classes": [{"name": name, "probability": probability} for name, probability in classes]})
 
     # ---- a picture of the gallery ----------------------------------------------------------------------------------
 
@@ -245,7 +245,8 @@ class Page:
         gallery = self.require_gallery()
         with self.lock:
             known = self.jobs.get(name)
-            if known is None or known["gallery"] is not gallery and not known["running"]:
+            outdated = known is not None and known["gallery"] is not gallery and not known["running"]
+            if known is None or outdated:
                 if self.live.working:
                     return None
                 known = self.jobs[name] = {"gallery": gallery, "running": True, "result": None, "error": None}
@@ -297,8 +298,8 @@ def encode(picture):
     return cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
 
 
-def say(request, error):
-    """What a person reads where something went wrong."""
+def error_response(request, error):
+    """Turns an error into an answer in JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 400
     return JSONResponse({"error": error.detail if isinstance(error, HTTPException) else str(error)}, status)
 
@@ -312,7 +313,7 @@ class OwnSiteOnly:
     async def __call__(self, scope, receive, send):
         headers = dict(scope.get("headers", ()))
         if headers.get(b"sec-fetch-site") == b"cross-site" and scope["path"] != "/":
-            await JSONResponse({"error": "asked by another website"}, 403)(scope, receive, send)
+            await JSONResponse({"error": "refused: another website asked for this"}, 403)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
 
@@ -337,5 +338,5 @@ def build_app(searcher, live, hosts):
     return Starlette(
         routes=routes,
         middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(OwnSiteOnly)],
-        exception_handlers={UserError: say, HTTPException: say},
+        exception_handlers={UserError: error_response, HTTPException: error_response},
     )

@@ -20,14 +20,14 @@ from utils.exif import date_taken
 from utils.files import atomic_write, read_bytes
 from utils.images import decode_image, read_ahead
 
-WRITE_EVERY = 512  # pictures that a killed process may have embedded in vain
-SHOW_EVERY = 64  # pictures until someone who watches sees them
+WRITE_EVERY = 512  # pictures per write; at most so many are embedded again after a kill
+SHOW_EVERY = 64  # the same where progress is shown
 
 
 def update(store, searcher, num_workers, count, on_progress=None):
     """Embeds the files listed in a `Store` that it does not have. searcher: a `search.searcher.Searcher`.
 
-    count: how many files are listed. on_progress: called with it whenever some were written, and these are then few.
+    count: how many files are listed. on_progress: called with count after each write.
     """
     with processes.main_process_first():
         if processes.is_main_process():
@@ -101,6 +101,7 @@ def embedded(searcher, entries, num_workers):
                 waiting.append((*entry, content, taken))
                 yield image
 
+    # image_feature_batches draws from pictures(), so `waiting` holds the entries whose vectors are not computed yet.
     for I_f in image_feature_batches(model, pictures(), device, dtype, len(entries)):
         for vector in project_and_normalize(model.image_projection, I_f, device).numpy():
             yield *waiting.popleft(), vector

@@ -187,6 +187,15 @@ def test_a_picture_opens_large_and_finds_others_like_it(page, site):
         "drawn/00003.png",
         "more/copy of 3.jpg",
     }
+    page.get_by_text("like copy of 3.jpg").wait_for()  # and stays part of the query when words are added
+    find(page, "a red triangle")
+    page.locator("#grid .tile").first.wait_for()
+    assert "like=" in page.url and "q=a+red+triangle" in page.url
+    page.reload()
+    page.get_by_text("like copy of 3.jpg").wait_for()
+    page.get_by_role("button", name="Remove").click()
+    page.locator("#given").wait_for(state="hidden")
+    assert "like=" not in page.url
 
 
 def test_it_is_driven_by_keys(page):

@@ -9,9 +9,10 @@ let page = 0; // the next one to load
 let asked = 0; // counts searches, so that late answers to earlier ones are dropped
 let loading = false;
 let floor = ""; // "0" once everything is to be shown
-let upload = null; // {key, name, captions, url} of a picture from outside
+let upload = null; // {key, url} of a picture from outside
+let like = ""; // the key of a picture of the gallery that the others should be like
 let shown = -1; // position in keys of the picture in the viewer
-let known = -1; // pictures that were there at the last look
+let lastCount = -1; // pictures that were there at the last look
 
 function element(name, properties = {}, ...children) {
   const made = Object.assign(document.createElement(name), properties);
@@ -32,19 +33,21 @@ async function ask(address, options) {
 function readAddress() {
   const query = new URLSearchParams(location.search);
   for (const name of FIELDS) at(name).value = query.get(name) || "";
-  at("more").open = FIELDS.slice(1).some((name) => query.get(name));
+  at("filters").open = FIELDS.slice(1).some((name) => query.get(name));
+  setLike(query.get("like") || "");
   select(query.get("tab") || "results");
 }
 
 function address(changes = {}) {
   const query = new URLSearchParams();
   for (const name of FIELDS) if (at(name).value.trim()) query.set(name, at(name).value.trim());
+  if (like) query.set("like", like);
   for (const [name, value] of Object.entries(changes)) if (value) query.set(name, value);
   return query;
 }
 
-function go(changes) {
-  const query = address(changes).toString();
+function pushAndSearch() {
+  const query = address().toString();
   if (query !== location.search.slice(1)) history.pushState(null, "", query ? `?${query}` : location.pathname);
   search();
 }
@@ -53,7 +56,7 @@ async function search() {
   clear("");
   at("message").textContent = "";
   document.title = at("q").value ? `${at("q").value} · Picture search` : "Picture search";
-  if (at("q").value.trim() || upload || likeKey()) await loadMore();
+  if (at("q").value.trim() || upload || like) await loadMore();
   else at("message").textContent = "Type what a picture shows, or drop a picture here.  /  goes to the search field.";
 }
 
@@ -63,13 +66,11 @@ function clear(newFloor) {
   at("grid").replaceChildren();
 }
 
-const likeKey = () => new URLSearchParams(location.search).get("like");
-
 async function loadMore() {
   if (loading || page < 0) return;
   loading = true;
   const mine = asked;
-  const query = address({ like: upload ? "" : likeKey(), upload: upload && upload.key, page, floor });
+  const query = address({ upload: upload && upload.key, page, floor });
   try {
     const answer = await ask(`/api/search?${query}`);
     if (mine !== asked) return;
@@ -96,11 +97,11 @@ function showMatches(answer) {
     at("grid").append(tile(match, keys.length));
     keys.push(match.key);
   }
-  const more = answer.more && relevant.length === answer.matches.length;
-  if (!more && !nothing && !floor && answer.matches.length) {
+  const hasMore = answer.more && relevant.length === answer.matches.length;
+  if (!hasMore && !nothing && !floor && answer.matches.length) {
     at("message").replaceChildren(`${keys.length} of ${answer.of.toLocaleString()} pictures match. `, showAll);
   }
-  page = more ? page + 1 : -1;
+  page = hasMore ? page + 1 : -1;
 }
 
 function showEverything() {
@@ -123,22 +124,17 @@ function tile(match, position) {
   return button;
 }
 
-// ---- a picture from outside ------------------------------------------------------------------------------------------
+// ---- a picture to search with ------------------------------------------------------------------------------------------
 
-async function take(file) {
+async function uploadPicture(file) {
   at("message").textContent = "looking at the picture …";
   select("results");
   try {
     const answer = await ask(`/api/upload?name=${encodeURIComponent(file.name)}`, { method: "POST", body: file });
-    removeUpload();
-    upload = { key: answer.upload, name: file.name, captions: answer.captions, url: URL.createObjectURL(file) };
-    at("given-image").src = upload.url;
-    at("given-image").alt = upload.name;
-    at("given-name").textContent = upload.name;
-    at("given-captions").replaceChildren(...captionItems(answer.captions));
-    at("answers").replaceChildren();
-    at("given").hidden = false;
-    go();
+    removeGiven();
+    upload = { key: answer.upload, url: URL.createObjectURL(file) };
+    showGiven(upload.url, file.name, answer.captions);
+    pushAndSearch();
   } catch (error) {
     at("message").textContent = error.message;
   }
@@ -147,9 +143,31 @@ async function take(file) {
 const captionItems = (captions) =>
   captions.map(({ caption, score }) => element("li", {}, `${caption} `, element("small", { textContent: score })));
 
-function removeUpload() {
+function showGiven(url, name, captions) {
+  at("given-image").src = url;
+  at("given-image").alt = at("given-name").textContent = name;
+  at("given-captions").replaceChildren(...captionItems(captions));
+  at("answers").replaceChildren();
+  at("given").hidden = false;
+}
+
+async function setLike(key) {
+  if (key === like) return;
+  removeGiven();
+  like = key;
+  if (!key) return;
+  try {
+    const { path, captions } = await ask(`/api/picture/${key}`);
+    if (like === key) showGiven(`/picture/${key}`, `like ${path.split(/[\\/]/).pop()}`, captions);
+  } catch (error) {
+    if (like === key) showGiven("data:,", "like a picture that is not there, or not yet", []); // with a button to remove it
+  }
+}
+
+function removeGiven() {
   if (upload) URL.revokeObjectURL(upload.url);
   upload = null;
+  like = "";
   at("given").hidden = true;
   at("file").value = "";
 }
@@ -157,7 +175,7 @@ function removeUpload() {
 async function classify(event) {
   event.preventDefault();
   try {
-    const query = new URLSearchParams({ names: at("names").value, upload: upload.key });
+    const query = new URLSearchParams({ names: at("names").value, ...(upload ? { upload: upload.key } : { like }) });
     const { classes } = await ask(`/api/classify?${query}`);
     at("answers").replaceChildren(
       ...classes.map(({ name, probability }) => {
@@ -201,13 +219,13 @@ async function viewPicture(key) {
   }
 }
 
-function more() {
+function searchLike() {
   const key = at("viewer").dataset.key;
   at("viewer").close();
-  removeUpload();
   at("q").value = at("minus").value = "";
   select("results");
-  go({ like: key });
+  setLike(key);
+  pushAndSearch();
   scrollTo(0, 0);
 }
 
@@ -255,7 +273,7 @@ async function openDuplicates() {
       return;
     }
     say.textContent = groups.length
-      ? `${groups.length.toLocaleString()} photographs are there several times; the best copy of each is first. Nothing is deleted.`
+      ? `${groups.length.toLocaleString()} photographs have copies; the best one of each is first. Nothing is deleted.`
       : "No photograph is there twice.";
     section.replaceChildren(
       say,
@@ -269,9 +287,13 @@ async function openDuplicates() {
 }
 
 async function openRun() {
-  const { run, files } = await ask("/api/status");
-  const pictures = files.map((name) => element("img", { src: `/run/${name}`, alt: name }));
-  at("run").replaceChildren(element("p", { textContent: `The model is ${run}.` }), ...pictures);
+  try {
+    const { run, files } = await ask("/api/status");
+    const pictures = files.map((name) => element("img", { src: `/run/${name}`, alt: name }));
+    at("run").replaceChildren(element("p", { textContent: `The model is ${run}.` }), ...pictures);
+  } catch (error) {
+    at("run").textContent = error.message;
+  }
 }
 
 // ---- what is there ---------------------------------------------------------------------------------------------------
@@ -283,8 +305,8 @@ async function watch() {
     at("progress").hidden = !working || !total;
     at("progress").value = total ? pictures / total : 0;
     const untouched = scrollY < 100 && !at("viewer").open && isOpen("results");
-    if (known >= 0 && pictures !== known && untouched && (at("q").value === (new URLSearchParams(location.search).get("q") || ""))) search();
-    known = pictures;
+    if (lastCount >= 0 && pictures !== lastCount && untouched && (at("q").value === (new URLSearchParams(location.search).get("q") || ""))) search();
+    lastCount = pictures;
   } catch (error) {
     at("status").textContent = error.message;
   }
@@ -309,7 +331,7 @@ addEventListener("keydown", (event) => {
   if (at("viewer").open) {
     if (event.key === "ArrowRight") step(1);
     if (event.key === "ArrowLeft") step(-1);
-    if (event.key === "m") more();
+    if (event.key === "m") searchLike();
     if (event.key === "h" && !at("explain").hidden) explain();
     return;
   }
@@ -328,9 +350,9 @@ addEventListener("dragleave", () => document.body.classList.remove("dropping"));
 addEventListener("drop", (event) => {
   event.preventDefault();
   document.body.classList.remove("dropping");
-  if (event.dataTransfer.files.length) take(event.dataTransfer.files[0]);
+  if (event.dataTransfer.files.length) uploadPicture(event.dataTransfer.files[0]);
 });
-addEventListener("paste", (event) => event.clipboardData.files.length && take(event.clipboardData.files[0]));
+addEventListener("paste", (event) => event.clipboardData.files.length && uploadPicture(event.clipboardData.files[0]));
 addEventListener("popstate", () => {
   readAddress();
   search();
@@ -339,12 +361,12 @@ addEventListener("popstate", () => {
 at("query").onsubmit = (event) => {
   event.preventDefault();
   select("results");
-  go();
+  pushAndSearch();
 };
-at("file").onchange = () => at("file").files.length && take(at("file").files[0]);
+at("file").onchange = () => at("file").files.length && uploadPicture(at("file").files[0]);
 at("given-remove").onclick = () => {
-  removeUpload();
-  go();
+  removeGiven();
+  pushAndSearch();
 };
 at("classes").onsubmit = classify;
 at("close").onclick = () => at("viewer").close();
@@ -355,7 +377,7 @@ at("viewer").onclose = () => {
 };
 at("previous").onclick = () => step(-1);
 at("next").onclick = () => step(1);
-at("like").onclick = more;
+at("like").onclick = searchLike;
 at("explain").onclick = explain;
 for (const name of Object.keys(openers)) at(`tab-${name}`).onclick = () => select(name);
 new IntersectionObserver((entries) => entries[0].isIntersecting && page > 0 && loadMore(), { rootMargin: "600px" }).observe(at("end"));

@@ -38,10 +38,10 @@ def test_pairs_are_labelled_and_pictures_that_show_the_same_are_left_out():
 def test_the_floor_holds_what_it_promises_on_pictures_it_has_not_seen():
     learned = fit_relevance(*made_pairs(400, 0))
     found = measure_relevance(learned, *made_pairs(400, 1))
-    assert 0.05 < found["false_alarms"] < 0.2  # 0.1% was promised
-    assert found["kept"] > 90 and found["calibration_error"] < 12
+    assert 0.05 < found["wrong_above_floor"] < 0.2  # 0.1% was promised
+    assert found["right_above_floor"] > 90 and found["calibration_error"] < 12
     blurred = measure_relevance(fit_relevance(*made_pairs(400, 0, noise=2.5)), *made_pairs(400, 1, noise=2.5))
-    assert blurred["kept"] < found["kept"] - 20 and 0.03 < blurred["false_alarms"] < 0.3
+    assert blurred["right_above_floor"] < found["right_above_floor"] - 20 and 0.03 < blurred["wrong_above_floor"] < 0.3
 
 
 def test_a_floor_corrects_for_texts_that_are_near_all_pictures():
@@ -53,7 +53,7 @@ def test_a_floor_corrects_for_texts_that_are_near_all_pictures():
     assert learned.weights[1] == pytest.approx(-learned.weights[0], rel=0.2)
     alarms = []
     for rows in (raised == 0, raised > 0):
-        scores = np.stack([learned.correct(I_e @ text, text) for text in T_e[rows]])
+        scores = np.stack([learned.corrected_scores(I_e @ text, text) for text in T_e[rows]])
         wrong = image_of_text[rows][:, None] != np.arange(len(I_e))
         alarms.append((scores[wrong] >= learned.floor(0.001)).mean())
     assert all(0.0003 < alarm < 0.003 for alarm in alarms)
@@ -68,7 +68,7 @@ def test_floors_and_probabilities_are_read_off_their_curves(tmp_path):
     assert [match.probability for match in matches] == pytest.approx([0.5, 0.3, 0.1])
     known.save(tmp_path)
     assert load_relevance(tmp_path).floor(0.01) == known.floor(0.01)
-    (tmp_path / relevance.FILES[0]).write_text("{")
+    (tmp_path / relevance.JSON_FILE).write_text("{")
     with pytest.raises(UserError, match="damaged .*evaluate.py calibrate"):
         load_relevance(tmp_path)
     assert load_relevance(tmp_path / "nowhere") is None
@@ -84,7 +84,7 @@ def test_too_few_pairs_are_named(tmp_path, count):
 def test_a_model_that_knows_nothing_still_has_a_floor(tmp_path):
     I_e, T_e, image_of_text = made_pairs(30, 0)
     found = write_relevance(tmp_path, I_e, -T_e, image_of_text)
-    assert np.isfinite(found["kept"]) and load_relevance(tmp_path).weights[0] > 0
+    assert np.isfinite(found["right_above_floor"]) and load_relevance(tmp_path).weights[0] > 0
     assert write_relevance(tmp_path, I_e, np.repeat(T_e[:1], len(T_e), axis=0), image_of_text)["images"] == 15
 
 

@@ -31,9 +31,9 @@ def test_the_second_query_needs_no_torch_and_answers_as_the_first(run, sample, t
         return process.stdout, json.loads((tmp_path / f"{number}.json").read_text())
 
     said, first = ask(1)
-    assert "keeping the text encoder" in said and "torch" in said.split("loaded:")[1]
+    assert "saving the text encoder" in said and "torch" in said.split("loaded:")[1]
     said, second = ask(2)
-    assert said.endswith("loaded:\n") and "keeping" not in said
+    assert said.endswith("loaded:\n") and "saving" not in said
     assert [match["filename"] for match in second["matches"]] == [match["filename"] for match in first["matches"]]
     scores = [[match["score"] for match in found["matches"]] for found in (first, second)]
     assert scores[0] == pytest.approx(scores[1], abs=1e-5)
@@ -45,7 +45,7 @@ def test_texts_are_embedded_as_by_the_model(run, tmp_path):
     first = Searcher(run, "cpu", "fp32", tmp_path)
     np.testing.assert_allclose(first.embed_texts(TEXTS), expected, atol=1e-6)
     assert first.keys and first.is_loaded
-    first.keep_text_encoder()
+    first.save_text_encoder()
     second = Searcher(run, "cpu", "fp32", tmp_path)
     np.testing.assert_allclose(second.embed_texts(TEXTS * 40), np.tile(expected, (40, 1)), atol=1e-5)
     assert not second.is_loaded and second.keys == first.keys
@@ -54,7 +54,7 @@ def test_texts_are_embedded_as_by_the_model(run, tmp_path):
 def test_a_damaged_text_encoder_is_named_and_the_model_is_loaded(run, tmp_path, capsys):
     first = Searcher(run, "cpu", "fp32", tmp_path)
     assert first.keys and first.model
-    first.keep_text_encoder()
+    first.save_text_encoder()
     [path] = tmp_path.glob("text-*/text.onnx")
     path.write_bytes(path.read_bytes()[:1000])
     second = Searcher(run, "cpu", "fp32", tmp_path)
