@@ -219,8 +219,9 @@ def show_matches(title, matches, more):
     relevant = [match for match in matches if match.relevant]
     answer = {"query": title, "matches": [match.record() for match in relevant]}
     if matches and not relevant and not more:
-        print(f"{title!r}: nothing here matches (best guess below; --floor 0 shows all)")
+        print(f"{title!r}: nothing here matches (best guess below)")
         print_matches(matches[:1])
+        print("--floor 0 shows all")
         return answer | {"best_guess": matches[0].record()}
     print(f"{title!r}:" if relevant else f"{title!r}: no more pictures match")
     print_matches(relevant)

@@ -17,9 +17,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
-from starlette.routing import Mount, Route
-from starlette.staticfiles import StaticFiles
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
 
 from search.gallery import Filters
 from search.queries import best_matches, blend, classify_embedding, embed_query, judge
@@ -30,6 +29,7 @@ from utils.formats import decode
 from utils.images import center_crop, read_image
 
 PAGE = Path(__file__).parent / "page"
+PAGE_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}  # and their types
 NUM_SHOWN = 24  # matches at once; more come when the page is scrolled
 NUM_CAPTIONS = 5  # best captions of a picture
 TILE_PIXELS, LARGE_PIXELS = 320, 1600  # shorter side of a tile; longer side of a large picture
@@ -259,7 +259,7 @@ class Page:
         name = request.path_params["name"]
         if name not in RUN_PICTURES or not self.searcher.is_folder or not Path(self.searcher.run, name).exists():
             raise HTTPException(404, "no such file")
-        return FileResponse(Path(self.searcher.run) / name)
+        return Response(Path(self.searcher.run, name).read_bytes(), media_type="image/png")
 
 
 def number(value, name):
@@ -298,6 +298,15 @@ def encode(picture):
     return cv2.imencode(".jpg", np.ascontiguousarray(picture[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, 88])[1].tobytes()
 
 
+def page_file(request):
+    """A file of the page itself."""
+    name = request.path_params.get("name", "index.html")
+    if name not in PAGE_FILES:
+        raise HTTPException(404, "no such file")
+    headers = POLICY | {"Cache-Control": "no-cache"}  # else a browser may mix those of two versions
+    return Response((PAGE / name).read_bytes(), media_type=PAGE_FILES[name], headers=headers)
+
+
 def error_response(request, error):
     """Turns an error into an answer in JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 400
@@ -322,7 +331,8 @@ def build_app(searcher, live, hosts):
     """The web application. hosts: names under which it may be asked; any other is refused, as other pages could use it."""
     page = Page(searcher, live)
     routes = [
-        Route("/", lambda request: FileResponse(PAGE / "index.html", headers=POLICY)),
+        Route("/", page_file),
+        Route("/static/{name}", page_file),
         Route("/api/status", page.status),
         Route("/api/search", page.search),
         Route("/api/upload", page.upload, methods=["POST"]),
@@ -333,7 +343,6 @@ def build_app(searcher, live, hosts):
         Route("/heat/{key}", page.heat),
         Route("/map", page.map),
         Route("/run/{name}", page.run_file),
-        Mount("/static", StaticFiles(directory=PAGE)),
     ]
     return Starlette(
         routes=routes,

@@ -210,6 +210,7 @@ def test_it_is_driven_by_keys(page):
     page.keyboard.press("ArrowLeft")
     until(page, f"document.getElementById('large').getAttribute('src') != '{second}'")
     page.keyboard.press("Escape")
+    until(page, "document.activeElement.className == 'tile'")  # which was open
     page.keyboard.press("/")
     assert page.evaluate("document.activeElement.id") == "q"
 
