@@ -427,7 +427,11 @@ def test_exact_search_reads_blocks():
             np.testing.assert_allclose(scores, expected[best], rtol=1e-5)
 
 
-def test_an_index_takes_in_new_pictures_and_never_answers_with_those_that_are_gone(tmp_path, capsys, small_index):
+@pytest.mark.parametrize("many_lists", [8192, 8])  # from 8 on the nearest lists are found by a graph
+def test_an_index_takes_in_new_pictures_and_never_answers_with_those_that_are_gone(
+    tmp_path, capsys, small_index, monkeypatch, many_lists
+):
+    monkeypatch.setattr(index, "MANY_LISTS", many_lists)
     vectors, path = draw(900, 0).astype(np.float16), tmp_path / "gallery.faiss"
 
     def answers(count, rows):
