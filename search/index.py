@@ -118,9 +118,11 @@ def open_index(path, vectors):
             print(f"{path}: {str(error).strip().splitlines()[-1][:120]}; it is built again")
         print(f"building the search index of {len(vectors):,} pictures", flush=True)
         index = train_index(vectors)
+    breadth(index, 16)  # enough to find the one list of a vector
     for start in range(index.ntotal, len(vectors), BLOCK):
         block = vectors[start : start + BLOCK].astype(np.float32)
         index.add_with_ids(block, np.arange(start, start + len(block)))
+    breadth(index, 2 * PROBED)  # for queries
 
     def write(temporary):
         try:
@@ -130,6 +132,15 @@ def open_index(path, vectors):
 
     atomic_write(path, write)
     return faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+
+
+def breadth(index, count):
+    """Sets how many lists the graph of an index with MANY_LISTS looks at; an index without a graph looks at all."""
+    import faiss
+
+    graph = getattr(faiss.downcast_index(faiss.extract_index_ivf(index).quantizer), "hnsw", None)
+    if graph is not None:
+        graph.efSearch = count
 
 
 def train_index(vectors):
@@ -147,8 +158,6 @@ def train_index(vectors):
     rotation.pq, rotation.max_train_points = learner, CODE_SAMPLE
     rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = 8, 2, 8
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-    if nearest_lists:
-        faiss.downcast_index(ivf.quantizer).hnsw.efSearch = 2 * PROBED
     ivf.do_polysemous_training = False  # orders the codes for Hamming distances, which are not used
     ivf.pq.cp.niter, ivf.pq.cp.max_points_per_centroid = 10, CODE_SAMPLE // 2**BITS
     ivf.cp.niter = 8
