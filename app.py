@@ -45,10 +45,11 @@ def serve(
     """
     run = run or newest_run()
     searcher = Searcher(run, device, precision, cache_dir)
-    list_files = partial(find_pictures, images) if images else partial(validation_files, run)
-    next(iter(list_files()))  # a mistake is named before the page opens
+    files = find_pictures(images) if images else validation_files(run)
+    next(iter(files))  # a mistake is named before the page opens
     if searcher.is_folder or "/" not in run.removeprefix("runs/") and not is_model_name(run):  # else it may be a hub's
         load_run(run)
+    list_files = partial(find_pictures, images) if images else lambda: files  # a run's own pictures do not change
     live = LiveGallery(searcher, list_files, "" if images.endswith(".tar") else images, num_workers)
     try:
         listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -13,6 +13,7 @@ from config import is_model_name, run_cli
 from search.files import find_pictures
 from search.gallery import Filters, open_gallery
 from search.queries import (
+    NUM_CAPTIONS,
     Query,
     best_matches,
     blend,
@@ -35,7 +36,6 @@ EXAMPLES = (
     "python inference.py --duplicates --images ~/Pictures",
 )
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
-NUM_CAPTIONS = 5  # best captions to show for a picture
 
 
 @dataclass
@@ -98,7 +98,6 @@ def draw_matches(title, matches, output, show, read_picture=None):
     titles = [f"{match.label().strip()}  {Path(match.filename).name}" for match in matches]
     read_picture = read_picture or partial(read_image, size=GRID_PIXELS)
     draw_grid(title, [read_picture(match.filename) for match in matches], titles, output, show)
-    print(f"drawn in {output}")
 
 
 def search(options):
@@ -177,9 +176,8 @@ def embed_pictures(searcher, options):
 
     started = time.perf_counter()
     searcher.device = distributed.init_distributed(searcher.device)
-    options.exact = True  # no index is built
     try:
-        find_gallery(searcher, options)
+        find_gallery(searcher, replace(options, exact=True))  # no index is built
     except RuntimeError as error:
         raise lost_process(error) from None
     print(f"embedded after {time.perf_counter() - started:.1f} s")
@@ -208,6 +206,7 @@ def answer_text(searcher, options):
         explain = partial(heat_map, searcher, parts[0], pixels=GRID_PIXELS)  # of the texts
     if shown:
         draw_matches(title, shown, options.output, show=True, read_picture=explain)
+        print(f"drawn in {options.output}")
     return answer
 
 
@@ -259,6 +258,7 @@ def answer_picture(searcher, options):
     for caption, score in captions:
         print(f"{score:7.3f}  {caption}")
     draw_matches(f"like {name}", matches, options.output, show=True)
+    print(f"drawn in {options.output}")
     captioned = [{"caption": caption, "score": score} for caption, score in captions]
     return {"image": options.image, "captions": captioned, "matches": [match.record() for match in matches]}
 

@@ -50,7 +50,10 @@ class Filters:
     folder: str = ""
 
     def condition(self, root):
-        """(where, values), as for `Store.pictures`. root: the folder that is searched. Raises UserError for what is no date."""
+        """(where, values), as for `Store.pictures_where`. root: the folder that is searched.
+
+        Raises UserError for what is no date.
+        """
         terms, values = [], []
         for flag, sign in (("after", ">="), ("before", "<")):
             if getattr(self, flag):

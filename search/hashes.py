@@ -12,7 +12,6 @@ import sqlite3
 import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
-from hashlib import blake2b
 from pathlib import Path
 
 import cv2
@@ -23,7 +22,7 @@ from tqdm import tqdm
 from utils.cache import cache_key
 from utils.errors import UserError
 from utils.exif import date_taken
-from utils.files import read_bytes
+from utils.files import digest, read_bytes
 from utils.formats import MAX_PIXELS, PILLOW_FORMATS, RAW_ENDINGS, decode
 from utils.images import read_ahead
 
@@ -164,12 +163,12 @@ def hash_file(path):
         height, width = grey.shape
     else:
         grey, width, height = decode_grey(contents)
-    digest, date = blake2b(contents, digest_size=16).digest(), date_taken(io.BytesIO(contents))
+    content, date = digest(contents), date_taken(io.BytesIO(contents))
     small = cv2.resize(without_border(grey), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     if min(width, height) < MIN_SIDE or small.std() < MIN_SPREAD:
-        return digest, width, height, date, None, None
+        return content, width, height, date, None, None
     jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-    return digest, width, height, date, box_codes(small).tobytes(), jpeg
+    return content, width, height, date, box_codes(small).tobytes(), jpeg
 
 
 def decode_grey(contents):

@@ -83,11 +83,5 @@ class LiveGallery:
             print(self.problem, flush=True)
         self.working = False
 
-    def path_of(self, key):
-        """The path of a picture of the gallery by its key, as `Gallery.key_of` gives it; None for any other text."""
-        gallery = self.gallery
-        position = None if gallery is None else gallery.position_of(key)
-        return None if position is None else gallery.paths[position]
-
     def stop(self):
         self.stopped.set()

@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.files import read_text
 
 MAX_QUERY_LENGTH = 1000  # characters; text encoders truncate far earlier
+NUM_CAPTIONS = 5  # best captions to show for a picture
 NUM_SPREAD = 1000  # pictures of a gallery that say how far cosines spread
 
 

@@ -21,7 +21,7 @@ WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
 
 @dataclass
 class Relevance:
-    """What `find_matches` needs to say which pictures match, all learned from validation pairs."""
+    """What `search.queries.judge` needs to say which pictures match, all learned from validation pairs."""
 
     references: np.ndarray  # (K, d_e) embeddings of the reference pictures, L2-normalised
     weights: list  # of a picture's cosine, and of the two `reference_statistics`
@@ -34,7 +34,7 @@ class Relevance:
     def corrected_scores(self, cosines, embedding):
         """Cosines of a text, whose embedding is (d_e,), with pictures -> scores that compare between texts."""
         cosine_weight, mean_weight, spread_weight = self.weights
-        mean, spread = reference_statistics(self.references.astype(np.float32) @ embedding)
+        mean, spread = reference_statistics(self.references @ embedding)
         return cosine_weight * np.asarray(cosines) + mean_weight * mean + spread_weight * spread
 
     def floor(self, wrong_share):
@@ -74,9 +74,8 @@ def load_relevance(folder):
     if not path.exists():
         return None
     try:
-        return Relevance(
-            **json.loads(path.read_text(encoding="utf-8")) | {"references": np.load(Path(folder) / REFERENCES_FILE)}
-        )
+        references = np.load(Path(folder) / REFERENCES_FILE).astype(np.float32)
+        return Relevance(references, **json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, EOFError) as error:
         message = f"{path}: damaged or of another version ({error}); write it again with python evaluate.py calibrate"
         raise UserError(message) from None

@@ -41,7 +41,7 @@ def embed_captions(searcher):
         captions = list(read_data(searcher.run)[0]["caption"].unique())
     except UserError as error:
         print(f"no captions for pictures: {error}")
-        captions = []
+        return [], np.empty((0, searcher.width), np.float32)
     path = searcher.captions_path(captions)
     try:
         embeddings = np.load(path, mmap_mode="r")

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from search.gallery import Filters
-from search.queries import best_matches, blend, classify_embedding, embed_query, judge
+from search.queries import NUM_CAPTIONS, best_matches, blend, classify_embedding, embed_query, judge
 from search.relevance import WRONG_SHARE
 from utils.errors import UserError
 from utils.files import read_bytes
@@ -31,7 +31,6 @@ from utils.images import center_crop, read_image
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}  # and their types
 NUM_SHOWN = 24  # matches at once; more come when the page is scrolled
-NUM_CAPTIONS = 5  # best captions of a picture
 TILE_PIXELS, LARGE_PIXELS = 320, 1600  # shorter side of a tile; longer side of a large picture
 MAX_UPLOAD = 20_000_000  # bytes
 MAX_CLASSES = 50
@@ -166,15 +165,18 @@ class Page:
 
     # ---- a picture of the gallery ----------------------------------------------------------------------------------
 
-    def path_of(self, request):
-        path = self.live.path_of(request.path_params["key"])
+    def located(self, request):
+        """(gallery, position, path) of the picture with a key. Raises HTTPException for any other text."""
+        gallery = self.live.gallery
+        position = gallery.position_of(request.path_params["key"]) if gallery else None
+        path = None if position is None else gallery.paths[position]
         if path is None:
             raise HTTPException(404, "no such picture")
-        return path
+        return gallery, position, path
 
     def picture(self, request):
         """A picture as a JPEG: a tile, or large."""
-        path, large = self.path_of(request), "large" in request.query_params
+        (_, _, path), large = self.located(request), "large" in request.query_params
         try:
             with self.decoding:
                 contents = draw_large(path) if large else self.tile(path, request.path_params["key"])
@@ -183,19 +185,15 @@ class Page:
         return Response(contents, media_type="image/jpeg", headers=CACHED)
 
     def details(self, request):
-        path, gallery = self.path_of(request), self.require_gallery()
-        position = gallery.position_of(request.path_params["key"])
-        if position is None:  # deleted this moment
-            raise HTTPException(404, "no such picture")
-        embedding = gallery.embedding_of(position)
-        date = gallery.store.date_of(path)
-        return JSONResponse({"path": path, "date": date and date.replace("T", " "), "captions": self.best_captions(embedding)})
+        gallery, position, path = self.located(request)
+        date, captions = gallery.store.date_of(path), self.best_captions(gallery.embedding_of(position))
+        return JSONResponse({"path": path, "date": date and date.replace("T", " "), "captions": captions})
 
     def heat(self, request):
         """The centre of a picture with a heat map of what matches the words of q."""
         from search.occlusion import heat_map
 
-        path, text = self.path_of(request), request.query_params.get("q", "").strip()
+        (_, _, path), text = self.located(request), request.query_params.get("q", "").strip()
         if not text:
             raise UserError("a heat map shows what matches words; search for some")
         with self.decoding:
@@ -210,9 +208,12 @@ class Page:
         def find(gallery):
             from search.duplicates import find_duplicates
 
-            key = {path: f"{gallery.generation}-{row}" for row, path, _, _ in gallery.store.files()}
-            files = [(path, size, changed) for _, path, size, changed in gallery.store.files()]
-            files = [file for file in files if gallery.position_of(key[file[0]]) is not None]  # the store may have others, too
+            key, files = {}, []
+            for row, path, size, changed in gallery.store.files():
+                name = f"{gallery.generation}-{row}"
+                if gallery.position_of(name) is not None:  # the store may have other folders' pictures, too
+                    key[path] = name
+                    files.append((path, size, changed))
             return [
                 [{"key": key[copy.path], "name": self.below_folder(copy.path), "label": copy.label()} for copy in group]
                 for group in find_duplicates(files, self.searcher.cache_dir, 1)

@@ -26,9 +26,9 @@ SCHEMA = (
 )
 # The time a picture was taken, or else that of its file, as 2021-06-03T12:30:00.
 DATE = "COALESCE(taken, strftime('%Y-%m-%dT%H:%M:%S', pictures.changed / 1000000000, 'unixepoch', 'localtime'))"
-STALE = (
-    "listed LEFT JOIN pictures USING (path) WHERE pictures.path IS NULL "
-    "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed"
+STALE = (  # listed files that are new or have changed; further conditions may follow
+    "listed LEFT JOIN pictures USING (path) WHERE (pictures.path IS NULL "
+    "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed)"
 )
 FORMAT = "pictures with a hash of the file, and a date"  # part of cache keys
 TIMEOUT = 60  # seconds to wait for another command's transaction
@@ -173,7 +173,7 @@ class Store:
     def stale_with_known_size(self):
         """Those of them that have as many bytes as a picture with a vector, a list: they may be that one, renamed."""
         known = "listed.bytes IN (SELECT bytes FROM pictures WHERE row IS NOT NULL)"
-        return self.database.execute(f"SELECT listed.* FROM {STALE.replace('WHERE ', f'WHERE {known} AND (')})").fetchall()
+        return self.database.execute(f"SELECT listed.* FROM {STALE} AND {known}").fetchall()
 
     def with_content(self, contents):
         """{content: (row, taken)} of pictures that have one of these contents, a set."""

@@ -5,7 +5,6 @@ store.
 """
 
 import contextlib
-import hashlib
 import io
 import uuid
 import zlib
@@ -17,7 +16,7 @@ import numpy as np
 
 from utils import processes
 from utils.exif import date_taken
-from utils.files import atomic_write, read_bytes
+from utils.files import atomic_write, digest, read_bytes
 from utils.images import decode_image, read_ahead
 
 WRITE_EVERY = 512  # pictures per write; at most so many are embedded again after a kill
@@ -59,17 +58,14 @@ def update(store, searcher, num_workers, count, on_progress=None):
     processes.barrier()
 
 
-def digest(contents):
-    """A hash of a file's bytes, by which it is recognised under another name."""
-    return hashlib.blake2b(contents, digest_size=16).digest()
-
-
 def take_over_moved(store):
     """Adds listed files that have the bytes of a picture whose vector is there: renamed, moved or copied ones."""
     contents = {}
     for entry in store.stale_with_known_size():
         with contextlib.suppress(OSError):  # gone meanwhile
             contents[entry] = digest(read_bytes(entry[0]))
+    if not contents:
+        return
     with store.transaction():  # so that no other process numbers the rows again in between
         known, vectors = store.with_content(set(contents.values())), store.vectors()
     moved = [(*entry, content, *known[content]) for entry, content in contents.items() if content in known]

@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several tests run at once, each on a 
     os.environ["OMP_NUM_THREADS"] = "1"
 
 import multiprocessing
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -112,3 +113,17 @@ def real_photographs():
     if not (SHARED / "flickr8k").is_dir():
         pytest.skip("../shared/flickr8k is not here")
     return SHARED
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A headless Chromium; the test is skipped where there is none."""
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not chromium:
+        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield opened
+        opened.close()

@@ -94,19 +94,6 @@ def ask(address, path, **parameters):
 # ---- in the browser ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def browser():
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
 @pytest.fixture(params=WIDTHS)
 def page(request, browser, site):
     SCREENSHOTS.mkdir(exist_ok=True)

@@ -30,12 +30,12 @@ def shard_picture(path, size):
 
     size 0: all do. Raises ValueError or OSError where it cannot be decoded.
     """
-    ending = path.suffix.lower()
-    picture = decode(path.read_bytes(), ending)  # also where it is not used, so that no broken picture gets into a shard
+    ending, contents = path.suffix.lower(), path.read_bytes()
+    picture = decode(contents, ending)  # also where it is not used, so that no broken picture gets into a shard
     shorter = min(picture.shape[:2])
     size = min(size or shorter, shorter)
     if ending in KEPT_ENDINGS and size == shorter:
-        return ending[1:], path.read_bytes()
+        return ending[1:], contents
     ending = ".png" if ending == ".png" else ".jpg"
     scaled = cv2.cvtColor(resize_image(picture, size), cv2.COLOR_RGB2BGR)
     encoded = cv2.imencode(ending, scaled, [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])[1]

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import glob
+import hashlib
 import json
 import os
 import platform
@@ -116,6 +117,11 @@ def atomic_dir(folder):
 def write_json(path, value):
     """Writes plain values as a JSON file, atomically."""
     atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+
+
+def digest(contents):
+    """A hash of a file's bytes, by which it is recognised under another name."""
+    return hashlib.blake2b(contents, digest_size=16).digest()
 
 
 def write_array(path, array):

@@ -35,7 +35,7 @@ function readAddress() {
   for (const name of FIELDS) at(name).value = query.get(name) || "";
   at("filters").open = FIELDS.slice(1).some((name) => query.get(name));
   setLike(query.get("like") || "");
-  select(query.get("tab") || "results");
+  select("results");
 }
 
 function address(changes = {}) {

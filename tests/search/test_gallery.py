@@ -28,6 +28,7 @@ from search.searcher import Searcher
 from search.store import Store
 from training import distributed
 from utils.errors import UserError
+from utils.files import digest
 from utils.images import read_image
 
 
@@ -289,7 +290,7 @@ def test_a_command_killed_at_any_moment_leaves_a_gallery_that_is_right(searcher,
     def slow_embeddings(searcher, entries, *others):
         for path, size, changed in entries:
             time.sleep(0.0005)
-            yield path, size, changed, update.digest(Path(path).read_bytes()), None, embedding_of(path).numpy()
+            yield path, size, changed, digest(Path(path).read_bytes()), None, embedding_of(path).numpy()
 
     monkeypatch.setattr(update, "embedded", slow_embeddings)
     assert searcher.keys  # known before the children start

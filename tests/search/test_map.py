@@ -5,7 +5,6 @@ import html.parser
 import json
 import os
 import re
-import shutil
 
 import cv2
 import numpy as np
@@ -260,19 +259,6 @@ def test_the_png_shows_each_picture_in_the_place_of_its_cell(written):
 
 
 # ---- the page in a browser ----
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if not chromium:
-        pytest.skip("no Chromium here (Debian: apt-get install chromium)")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-        yield opened
-        opened.close()
 
 
 @pytest.fixture
