@@ -373,7 +373,8 @@ at("close").onclick = () => at("viewer").close();
 at("viewer").onclick = (event) => event.target === at("viewer") && at("viewer").close();
 at("viewer").onclose = () => {
   const tiles = at("grid").children;
-  if (shown >= 0 && tiles[shown]) tiles[shown].focus();
+  const typing = document.activeElement.matches("input"); // the event comes late
+  if (shown >= 0 && tiles[shown] && !typing) tiles[shown].focus();
 };
 at("previous").onclick = () => step(-1);
 at("next").onclick = () => step(1);
