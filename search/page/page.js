@@ -273,7 +273,7 @@ async function openDuplicates() {
       return;
     }
     say.textContent = groups.length
-      ? `${groups.length.toLocaleString()} photographs have copies; the best one of each is first. Nothing is deleted.`
+      ? `Photographs with copies: ${groups.length.toLocaleString()}. The best copy of each is first. Nothing is deleted.`
       : "No photograph is there twice.";
     section.replaceChildren(
       say,
