@@ -46,18 +46,27 @@ class CLIPModel(nn.Module, ModelHubMixin):
     """Image encoder, text encoder and their projection heads.
 
     image_encoder: maps (n, 3, h, w) pixels to (n, d_i) features and has the attribute width, d_i; text_encoder maps
-    (n, l) token ids and their mask to (n, d_t). tokenizer: makes the token ids. projection_dim: d_e.
+    (n, l) token ids and their mask to (n, d_t). tokenizer: makes the token ids. projection_dim: d_e. layers, hidden_width and
+    dropout: of the heads, as in `modules.ProjectionHead`. feature_dropouts: their feature_dropout, of images and texts.
     """
 
     def __init__(
-        self, image_encoder, text_encoder, tokenizer, projection_dim, layers=1, dropout=0.1, image_dropout=0.0, text_dropout=0.0
+        self,
+        image_encoder,
+        text_encoder,
+        tokenizer,
+        projection_dim,
+        layers=1,
+        hidden_width=0,
+        dropout=0.1,
+        feature_dropouts=(0.0, 0.0),
     ):
         super().__init__()
         self.image_encoder = image_encoder
         self.text_encoder = text_encoder
-        bias = getattr(image_encoder, "attention_pool", False)
-        self.image_projection = ProjectionHead(image_encoder.width, projection_dim, layers, dropout, image_dropout, bias)
-        self.text_projection = ProjectionHead(text_encoder.width, projection_dim, layers, dropout, text_dropout)
+        bias, head = getattr(image_encoder, "attention_pool", False), (projection_dim, layers, hidden_width, dropout)
+        self.image_projection = ProjectionHead(image_encoder.width, *head, feature_dropouts[0], bias)
+        self.text_projection = ProjectionHead(text_encoder.width, *head, feature_dropouts[1])
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.logit_bias = None  # of the sigmoid loss
         self.tokenizer = tokenizer
@@ -264,9 +273,9 @@ def build_clip(config, image_encoder, text_encoder, tokenizer):
         tokenizer,
         config.projection_dim,
         config.num_projection_layers,
+        config.hidden_width,
         config.dropout,
-        image_dropout=config.image_feature_dropout,
-        text_dropout=config.text_feature_dropout,
+        (config.image_feature_dropout, config.text_feature_dropout),
     )
 
 

@@ -63,13 +63,15 @@ class Config:
     # Heads
     projection_dim: int = 256  # width d_e of the joint embedding space; a whole model has its own
     num_projection_layers: Literal[0, 1, 2] = 1  # 0: none; 1: the paper's linear map; 2: with GELU, dropout, LayerNorm
-    dropout: float = 0.1  # in the two-layer head
+    hidden_width: int = 0  # units of a hidden layer beside the linear map of each head; 0: none
+    dropout: float = 0.1  # in the two-layer head and in hidden layers
     image_feature_dropout: float = 0.5  # on the image features, before the head
     text_feature_dropout: float = 0.2  # on the text features, before the head
 
     # Training
     heads_first: bool = True  # first train only the heads, on frozen pretrained encoders, in RUN_DIR/heads
-    epochs: int = 0  # passes over the training images; 0: 60 if both encoders are frozen, else 8 (pretrained model: 10)
+    head_init: Literal["random", "cca"] = "random"  # cca: heads on frozen encoders start from canonical correlation analysis
+    epochs: int = 0  # passes over the training images; 0: 60 with both encoders frozen (cca: 30), else 8 (whole model: 10)
     batch_size: int = 0  # images per step, each with the others as negatives; 0: 1000 if both are frozen, else 128
     steps: int = 0  # training steps; 0: as many as the epochs have
     unique_images: bool = True  # an image at most once per batch; no: batches drawn from all pairs of image and caption
@@ -82,7 +84,9 @@ class Config:
     temperature: float = 0.0  # fixed, at least 0.01; 0: learned, from 0.07 (sigmoid: 0.1) or a whole model's own
     image_encoder_lr: float = 1e-4  # peak learning rate
     text_encoder_lr: float = 1e-5  # peak learning rate
-    head_lr: float = 0.0  # of heads and temperature; 0: 5e-3 if both are frozen, else 1e-3 (pretrained model: 1e-3, 1e-5)
+    head_lr: float = (
+        0.0  # of heads and temperature; 0: 5e-3 if both are frozen (cca: 2e-3), else 1e-3 (whole model: 1e-3, 1e-5)
+    )
     layer_decay: float = 1.0  # 0.7: each layer learns at 0.7 times the rate of the layer after it; 1: all at the encoder's rate
     weight_decay: float = 1e-3  # AdamW's, on weight matrices only
     warmup: float = 0.05  # share of all steps over which the learning rates rise from 0
@@ -137,7 +141,7 @@ RANGES = {  # (what a value must be, whether it is): settings
     "head_lr image_encoder_lr text_encoder_lr text_width text_layers text_heads vocab_size patch_size image_width image_layers "
     "image_heads",
     ("at least 0", lambda value: value >= 0): "epochs steps train_images batch_size micro_batch_size size num_workers "
-    "weight_decay patience seed save_every gan_weight early_stop lora_rank",
+    "hidden_width weight_decay patience seed save_every gan_weight early_stop lora_rank",
     ("at least 0 and below 1", lambda value: 0 <= value < 1): "dropout image_feature_dropout text_feature_dropout "
     "image_drop_path warmup ema_decay wise_ft_share",
     ("above 0 and at most 1", lambda value: 0 < value <= 1): "crop factor layer_decay",
@@ -147,7 +151,7 @@ RANGES = {  # (what a value must be, whether it is): settings
 ARCHITECTURE = (  # what defines the model
     *("image_encoder", "size", "patch_size", "image_width", "image_layers", "image_heads"),
     *("text_encoder", "text_weights", "text_width", "text_layers", "text_heads", "vocab_size", "max_length", "pooling"),
-    *("image_feature_stages", "text_feature_layers", "projection_dim", "num_projection_layers"),
+    *("image_feature_stages", "text_feature_layers", "projection_dim", "num_projection_layers", "hidden_width"),
 )
 FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed run keeps; no paths, as files may have moved
     *(name for name in ARCHITECTURE if name != "text_encoder"),
@@ -225,8 +229,8 @@ MIXER = replace(
     crop=0.97,
     epochs=44,
 )
-FAST = Config(
-    run_dir="runs/fast",
+LINEAR = Config(
+    run_dir="runs/linear",
     image_encoder="tf_efficientnet_lite2",
     size=384,
     text_encoder="sentence-transformers/all-MiniLM-L6-v2",
@@ -235,8 +239,17 @@ FAST = Config(
     freeze="both",
     cached_crops=1,
 )
+FAST = replace(
+    LINEAR,
+    run_dir="runs/fast",
+    projection_dim=512,
+    hidden_width=1024,
+    dropout=0.5,
+    head_init="cca",
+    captions_per_image=5,
+)
 BEST = replace(
-    FAST,
+    LINEAR,
     run_dir="runs/best",
     freeze="none",
     image_unfreeze_from="blocks.5",
@@ -253,6 +266,7 @@ BEST = replace(
 RESNET50 = {"image_encoder": "resnet50", "image_feature_stages": "", "size": 0, "text_encoder": "distilbert-base-uncased"}
 PRESETS = {
     "flickr8k": Config(run_dir="runs/flickr8k"),
+    "linear": LINEAR,
     "fast": FAST,
     "best": BEST,
     "fast-resnet50": replace(FAST, **RESNET50, run_dir="runs/fast-resnet50"),
@@ -282,8 +296,9 @@ PRESETS = {
 }
 PRESET_NOTES = {  # what is trained, on what, minutes on two CPU cores (-: not measured)
     "flickr8k": ("ResNet50 and DistilBERT, pretrained", "Flickr8k", "-"),
-    "fast": ("heads on frozen EfficientNet-Lite2 and MiniLM", "Flickr8k", "2 to 2.5"),
-    "best": ("fast, then last image stages and the text encoder", "Flickr8k", "45 to 56"),
+    "linear": ("linear heads on frozen EfficientNet-Lite2, MiniLM", "Flickr8k", "2 to 2.5"),
+    "fast": ("heads with a hidden layer, on the same", "Flickr8k", "6"),
+    "best": ("linear, then last image stages and the text encoder", "Flickr8k", "45 to 56"),
     "fast-resnet50": ("fast, with the encoders of flickr8k", "Flickr8k", "-"),
     "best-resnet50": ("best, with the encoders of flickr8k", "Flickr8k", "-"),
     "open_clip": ("fine-tunes a pretrained CLIP or SigLIP, --model", "Flickr8k", "-"),
@@ -398,6 +413,8 @@ def resolve_defaults(config):
     if is_stream(config.data_dir):  # features of frozen encoders are not kept, so there is no cheap first stage
         config = replace(config, heads_first=False)
     epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
+    if config.freeze == "both" and config.head_init == "cca":
+        epochs, head_lr = 30, 2e-3
     if is_model_name(config.model):
         epochs, head_lr = (60, 1e-3) if config.freeze == "both" else (10, 1e-5)
     return replace(
@@ -490,6 +507,8 @@ def rules(config):
     yield c.flip_left_right and not c.hflip, "--flip-left-right: flips nothing without --hflip; add it"
     nothing = "--freeze both, --num-projection-layers 0: nothing but the temperature is left to train; leave one out"
     yield c.freezes("image") and c.freezes("text") and c.num_projection_layers == 0, nothing
+    headless = "--hidden-width, --head-init cca: are for heads, and --num-projection-layers 0 has none; leave one out"
+    yield c.num_projection_layers == 0 and (c.hidden_width or c.head_init == "cca"), headless
     several = "--captions-per-image: a generated picture has one caption; leave it out with --gan joint"
     yield joint and c.captions_per_image > 1, several
     unfreeze = f"--image-unfreeze-from {c.image_unfreeze_from}: --freeze {c.freeze} trains no image encoder"

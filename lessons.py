@@ -206,7 +206,7 @@ def learn(
         quick: a few steps of the first seed only, to see that it runs; the figures mean nothing
         force: train again what is trained already
         data_dir: folder of captioned photographs, for the lessons that can use them, instead of the drawn sample
-        preset: preset of main.py for photographs; empty: fast
+        preset: preset of main.py for photographs; empty: linear
         weights_dir: folder with the preset's weights, for photographs without a network: image.safetensors and text/
         device: auto, cpu, cuda, cuda:1, mps
     """
@@ -230,7 +230,7 @@ def learn(
     seeds = seeds[:1] if quick else seeds
     folder = Path(output or f"runs/lessons/{lesson}{'-photographs' if data_dir else ''}{'-quick' if quick else ''}")
     given = {"device": device} | (photographs(data_dir, weights_dir) if data_dir else {})
-    jobs = make_jobs(chosen, (preset or "fast") if data_dir else chosen.preset, given, seeds, folder, quick)
+    jobs = make_jobs(chosen, (preset or "linear") if data_dir else chosen.preset, given, seeds, folder, quick)
     to_do = [job for job in jobs if force or not job.result()]
     if to_do:
         minutes = "under 2" if quick else f"about {round(chosen.minutes * len(to_do) / len(chosen.variants))}"

@@ -214,6 +214,9 @@ class ProjectionHead(nn.Module):
 
     layers: 0 is no head, for encoders whose features have the width d_e; 1 is the paper's linear map; 2 is the residual head of
     many teaching scripts.
+    hidden_width: units of a hidden layer (linear, GELU, dropout, linear) whose output is added to that of the linear map; 0:
+    none. It is 0 at first.
+    dropout: of the hidden layer and the residual.
     bias: of the linear map; in the paper only after attention pooling.
     feature_dropout: probability that training drops an input feature.
 
@@ -223,7 +226,7 @@ class ProjectionHead(nn.Module):
     values, 0 and 1, change nothing.
     """
 
-    def __init__(self, width, projection_dim, layers=1, dropout=0.1, feature_dropout=0.0, bias=False):
+    def __init__(self, width, projection_dim, layers=1, hidden_width=0, dropout=0.1, feature_dropout=0.0, bias=False):
         super().__init__()
         self.out_features = projection_dim
         self.register_buffer("mean", torch.zeros(width))
@@ -234,6 +237,12 @@ class ProjectionHead(nn.Module):
                 f"--num-projection-layers 0: the encoders have {width} features, so --projection-dim must be {width}"
             )
         self.projection = nn.Linear(width, projection_dim, bias=bias) if layers else nn.Identity()
+        self.hidden = None
+        if hidden_width:
+            output = nn.Linear(hidden_width, projection_dim)
+            self.hidden = nn.Sequential(nn.Linear(width, hidden_width), nn.GELU(), nn.Dropout(dropout), output)
+            nn.init.zeros_(output.weight)
+            nn.init.zeros_(output.bias)
         self.residual = None
         if layers == 2:
             self.residual = nn.Sequential(nn.GELU(), nn.Linear(projection_dim, projection_dim), nn.Dropout(dropout))
@@ -250,7 +259,10 @@ class ProjectionHead(nn.Module):
         self.std.copy_(std.clamp(min=float(std.mean()) / 10))
 
     def forward(self, features):
-        projected = self.projection(self.feature_dropout((features - self.mean) / self.std))
+        features = self.feature_dropout((features - self.mean) / self.std)
+        projected = self.projection(features)
+        if self.hidden is not None:
+            projected = projected + self.hidden(features)
         if self.residual is None:
             return projected
         return self.layer_norm(projected + self.residual(projected))

@@ -118,7 +118,7 @@ def draw_peers(path):
     colors = {"this project": BLUE, "open_clip": ORANGE, "sentence-transformers": GREEN, "plain loop": GREY}
     for name, curve in curves.items():
         seconds, rsums = zip(*curve)
-        style = "--" if any(word in name for word in ("locked", "frozen", "`fast`")) else "-"
+        style = "--" if any(word in name for word in ("locked", "frozen", "`linear`")) else "-"
         color, marker = colors[name.split(",")[0]], "." if len(curve) < 20 else ""
         label = name.replace("`", "").replace("image encoder ", "")  # fits beside the curves
         axes.plot([s / 60 for s in seconds], rsums, style, color=color, marker=marker, label=label)

@@ -1,13 +1,15 @@
-"""What fine-tuning forgets, and what keeps it: adapters, and mixtures of the weights before and after.
+"""What fine-tuning forgets, and what keeps it: adapters, some old pictures, and mixtures of the weights before and after.
 
-    python benchmarks/forgetting.py [--seeds 0 1 2] [--output runs/forgetting]
+    python benchmarks/forgetting.py [--seeds 0 1 2] [--only "all weights"] [--output runs/forgetting]
 
-The preset paper learns the sample in four of its colours, and is then fine-tuned on scenes in the other four, in three ways:
-all weights, the text encoder and the heads, and adapters. The old score is the zero-shot accuracy over the 24 pairs of an old
+The preset paper learns the sample in four of its colours, and is then fine-tuned on scenes in the other four, in four ways:
+all weights, the text encoder and the heads, adapters, and all weights with some of the old pictures among the new ones. The old
+score is the zero-shot accuracy over the 24 pairs of an old
 colour and a shape; the new one is recall on the new validation images. What is trained already is not trained again.
 """
 
 import contextlib
+import shutil
 import statistics
 import sys
 from dataclasses import replace
@@ -20,15 +22,17 @@ import main
 from config import PRESETS, resolve_defaults, run_cli
 from Datasets import shapes
 from utils.errors import run_command
-from utils.files import write_json
+from utils.files import atomic_dir, write_json
 
 OLD, NEW = list(shapes.COLORS)[:4], list(shapes.COLORS)[4:]
 PROMPT = "a {} ."
 OLD_EPOCHS, NEW_EPOCHS = 30, 12
+REPLAYED = 600  # old pictures that --data-dir has beside the 3,000 new ones
 WAYS = {  # name: settings of the fine-tuning
     "all weights": {"image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3},
     "text encoder and head": {"freeze": "image", "text_encoder_lr": 7e-4, "head_lr": 2e-3},
     "adapters of rank 8": {"lora_rank": 8, "image_encoder_lr": 4e-3, "text_encoder_lr": 4e-3, "head_lr": 1e-3},
+    "all weights, with old pictures": {"data_dir": "both", "image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3},
 }
 
 
@@ -39,6 +43,22 @@ def prepare(output):
             shapes.draw(output / name, train=train, seed=seed, colors=colors)
     if not (output / "classes").exists():
         shapes.draw_classes(output / "classes", colors=OLD)
+    if not (output / "both").exists():
+        add_old_pictures(output / "new", output / "old", output / "both")
+
+
+def add_old_pictures(new, old, folder):
+    """Writes a copy of the folder `new` with the first REPLAYED training pictures of `old` among its training pictures."""
+    with atomic_dir(folder) as target:
+        shutil.copytree(new, target, dirs_exist_ok=True)
+        names = (old / "shapes.trainImages.txt").read_text().split()[:REPLAYED]
+        for name in names:
+            shutil.copy(old / "Images" / name, target / "Images" / f"old-{name}")
+        table = pd.read_csv(old / "captions.txt")
+        table = table[table["image"].isin(names)].assign(image="old-" + table["image"])
+        table.to_csv(target / "captions.txt", mode="a", header=False, index=False)
+        with open(target / "shapes.trainImages.txt", "a") as train:
+            train.writelines(f"old-{name}\n" for name in names)
 
 
 def run(config, folder):
@@ -60,20 +80,23 @@ def fine_tuned(seed, settings, output, name):
     old = replace(PRESETS["paper"], data_dir=str(output / "old"), seed=seed, epochs=OLD_EPOCHS, cache_dir=str(output / "cache"))
     run(old, output / f"old-{seed}")
     keep = {"keep_folder": str(output / "classes"), "keep_template": PROMPT, "wise_ft": True, "wise_ft_share": 0.05}
-    model = {"model": str(output / f"old-{seed}"), "data_dir": str(output / "new"), "epochs": NEW_EPOCHS}
-    return run(replace(old, **model, **keep, **settings), output / f"{name.replace(' ', '-')}-{seed}")
+    model = {"model": str(output / f"old-{seed}"), "epochs": NEW_EPOCHS}
+    settings = settings | {"data_dir": str(output / settings.get("data_dir", "new"))}
+    return run(replace(old, **model, **keep, **settings), output / f"{name.replace(',', '').replace(' ', '-')}-{seed}")
 
 
-def forgetting(seeds: tuple[int, ...] = (0, 1, 2), output: Path = Path("runs/forgetting"), json_path: str = ""):
-    """Fine-tunes in both ways with each seed, and compares what is lost and what is learned.
+def forgetting(seeds: tuple[int, ...] = (0, 1, 2), only: str = "", output: Path = Path("runs/forgetting"), json_path: str = ""):
+    """Fine-tunes in each way with each seed, and compares what is lost and what is learned.
 
     Args:
         seeds: each way is trained once with each
+        only: only ways whose name begins with this; they must include "all weights"; empty: all
         output: folder of the samples and the runs
         json_path: file for the table; empty: docs/results/forgetting.json
     """
     prepare(output)
-    scores = {way: [fine_tuned(seed, settings, output, way) for seed in seeds] for way, settings in WAYS.items()}
+    ways = {way: settings for way, settings in WAYS.items() if way.startswith(only)}
+    scores = {way: [fine_tuned(seed, settings, output, way) for seed in seeds] for way, settings in ways.items()}
     plain = scores["all weights"]
     table = {"before": [run["before"] for run in plain]}
     for way, runs in scores.items():

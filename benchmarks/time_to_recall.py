@@ -23,10 +23,11 @@ LITE0 = ["--image-encoder", "tf_efficientnet_lite0", "--size", 224, *PLAIN]
 TEXT = [*PLAIN, "--batch-size", 256, "--epochs", 4, "--text-encoder-lr", 5e-5, "--head-lr", 3e-4]
 STAGES = ["--image-unfreeze-from", "blocks.5", "--image-encoder-lr", 3e-4, *TEXT]
 RECIPES = {  # name: preset and flags
-    "Lite0, heads": ["fast", *LITE0],
+    "Lite0, heads": ["linear", *LITE0],
     "Lite0, heads, then two stages and the text encoder": ["flickr8k", *LITE0, *STAGES],
-    "fast: Lite2 at 384 px, heads": ["fast"],
-    "Lite2 at 288 px, heads, then the text encoder": ["fast", "--freeze", "image", "--size", 288, *TEXT],
+    "linear: Lite2 at 384 px, linear heads": ["linear"],
+    "fast: Lite2 at 384 px, heads with a hidden layer": ["fast"],
+    "Lite2 at 288 px, heads, then the text encoder": ["linear", "--freeze", "image", "--size", 288, *TEXT],
     "best: Lite2 at 384 px, heads, then two stages and the text encoder, eight crops, three captions": ["best"],
 }
 

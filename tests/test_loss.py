@@ -103,6 +103,16 @@ def test_two_layer_head_is_the_residual_one_of_the_teaching_scripts():
     torch.testing.assert_close(head(x), expected)
 
 
+def test_a_hidden_layer_is_added_to_the_linear_map_and_is_0_at_first():
+    torch.manual_seed(0)
+    head, x = ProjectionHead(6, 4, hidden_width=5, dropout=0.5).eval(), torch.randn(3, 6)
+    linear, (first, _, _, last) = x @ head.projection.weight.T, head.hidden
+    assert torch.equal(head(x), linear)
+    torch.nn.init.normal_(last.weight)
+    expected = linear + F.gelu(x @ first.weight.T + first.bias) @ last.weight.T
+    torch.testing.assert_close(head(x), expected)
+
+
 def test_standardised_features_have_mean_0_and_deviation_1():
     features = torch.randn(50, 6) * torch.tensor([1, 5, 10, 0.5, 2, 1]) + 7
     head = ProjectionHead(6, 4)

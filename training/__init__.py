@@ -1,6 +1,7 @@
 """Training a CLIP model, from the data to the report.
 
 adapters.py        low-rank adapters (LoRA)
+cca.py             heads that start from canonical correlation analysis
 checkpoint.py      create, lock, checkpoint and resume a run folder
 data.py            the training and validation split, and the loader of training batches
 distributed.py     training in several processes (torchrun)

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from dataset import CROPS, CLIPDataset
 from embedding import IMAGE_BATCH, image_features, text_features, token_ids
 from encoders.stages import run_trunk
+from training.cca import start_from_cca
 from training.stream import Stream, StreamLoader
 from utils.cache import cache_key, cached_tensor, file_stats, model_key, note_use
 from utils.device import autocast
@@ -47,6 +48,11 @@ def freeze_encoders(config, model, splits, image_dir, device, dtype):
         model.image_projection.standardize(I_f.flatten(0, -2))
     if freeze_text:
         model.text_projection.standardize(T_f)
+    if freeze_image and freeze_text and config.head_init == "cca":
+        if isinstance(train, Stream):  # a caption per picture
+            start_from_cca(model, I_f, T_f, torch.arange(len(T_f)))
+        else:  # an image is the mean of its crops
+            start_from_cca(model, I_f.mean(dim=1), T_f, torch.as_tensor(train.image_of_text))
 
 
 def sample_features(config, model, stream, device, dtype):

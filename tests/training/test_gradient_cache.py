@@ -21,8 +21,9 @@ def model():
     torch.manual_seed(0)
     text = transformers.AutoModel.from_config(random_text_config("distilbert", 32, 2, 4, 60, 16))
     tokenizer = train_tokenizer(["a red circle", "a blue square"], 60, 16)
-    dropouts = {"image_dropout": 0.3, "text_dropout": 0.3}
-    return CLIPModel(ImageEncoder("test_resnet", size=64), TextEncoder(text), tokenizer, 16, **dropouts).train()
+    return CLIPModel(
+        ImageEncoder("test_resnet", size=64), TextEncoder(text), tokenizer, 16, feature_dropouts=(0.3, 0.3)
+    ).train()
 
 
 @pytest.fixture

@@ -1,0 +1,86 @@
+"""Heads that start from canonical correlation analysis: the maps against scipy's eigenvectors, and a run with them."""
+
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.linalg
+import torch
+
+import clip
+import main
+from config import Config, parse_config, rules
+from embedding import project_and_normalize
+from evaluation.retrieval import recall
+from modules import ProjectionHead
+from training.cca import canonical_maps, start_from_cca
+
+CPU = torch.device("cpu")
+
+
+def paired(n, d_x, d_y, captions=1, seed=0):
+    """n rows X, (n, d_x), with `captions` noisy mixtures of each, (captions n, d_y), and their rows; both with mean 0."""
+    torch.manual_seed(seed)
+    X, row = torch.randn(n, d_x), torch.arange(n).repeat_interleave(captions)
+    Y = X[row] @ torch.randn(d_x, d_y) / d_x**0.5 + 0.5 * torch.randn(captions * n, d_y)
+    return X - X.mean(0), Y - Y.mean(0), row
+
+
+@pytest.mark.parametrize("captions, ridges", [(1, (0.0, 0.0)), (1, (1.0, 0.3)), (3, (1.0, 0.3))])
+def test_maps_are_those_of_the_generalised_eigenvalue_problem(captions, ridges):
+    """[0 C_xy; C_yx 0] v = rho [C_x + r_x 0; 0 C_y + r_y] v, whose largest rho are the (ridge) correlations."""
+    X, Y, row = paired(200, 5, 4, captions)
+    A, B = (W.numpy() for W in canonical_maps(X, Y, row, 3, ridges))
+    x, y = X.double().numpy(), Y.double().numpy()
+    C_x, C_y, C_xy = x.T @ x / len(x), y.T @ y / len(y), x[row].T @ y / len(y)
+    C_x, C_y = C_x + ridges[0] * np.eye(5), C_y + ridges[1] * np.eye(4)
+    cross = np.block([[np.zeros((5, 5)), C_xy], [C_xy.T, np.zeros((4, 4))]])
+    values, vectors = scipy.linalg.eigh(cross, scipy.linalg.block_diag(C_x, C_y))
+    rho = values[::-1][:3]
+    np.testing.assert_allclose(np.diag(A.T @ C_x @ A), rho**2, rtol=1e-6)  # each direction has the length of its correlation
+    np.testing.assert_allclose(np.diag(A.T @ C_xy @ B), rho**3, rtol=1e-6)
+    expected = vectors[:, ::-1][:, :3]
+    for i in range(3):
+        for found, reference in ((A[:, i], expected[:5, i]), (B[:, i], expected[5:, i])):
+            cosine = found @ reference / np.linalg.norm(found) / np.linalg.norm(reference)
+            assert abs(cosine) == pytest.approx(1, abs=1e-6)
+
+
+@pytest.mark.parametrize("width", [6, 10])
+def test_heads_retrieve_before_the_first_step(width):
+    """Also where the joint space is wider than the features: rows without a direction change nothing."""
+    X, Y, row = paired(100, 8, 6, captions=2)
+    model = torch.nn.Module()
+    model.image_projection, model.text_projection = ProjectionHead(8, width).eval(), ProjectionHead(6, width).eval()
+
+    def rsum():
+        I_e = project_and_normalize(model.image_projection, X * 3 + 5, CPU)
+        T_e = project_and_normalize(model.text_projection, Y, CPU)
+        return recall((T_e @ I_e.T).numpy(), row.numpy())["rsum"]
+
+    model.image_projection.standardize(X * 3 + 5)
+    model.text_projection.standardize(Y)
+    before = rsum()
+    start_from_cca(model, X * 3 + 5, Y, row)
+    assert before < 100 < 300 < rsum()
+    maps = model.image_projection.projection.weight, model.text_projection.projection.weight
+    for W in maps:
+        assert W[:6].norm().item() == pytest.approx((width / 3) ** 0.5, rel=1e-5)
+    assert not maps[0][6:].any() and (maps[1][6:] != 0).all()
+
+
+def test_a_run_from_cca_with_a_hidden_layer_is_saved_and_loaded(small_flags, tmp_path):
+    settings = {"freeze": "both", "cached_crops": 2, "epochs": 1}
+    flags = small_flags("random", **settings), small_flags("cca", **settings, head_init="cca", hidden_width=24)
+    random, model = (main.train(parse_config(given, "shapes")[0]) for given in flags)
+    first = [pd.read_csv(tmp_path / name / "history.csv")["loss"][0] for name in ("random", "cca")]
+    assert first[1] < first[0]
+    assert random.image_projection.hidden is None and model.image_projection.hidden[-1].weight.any()
+    loaded, _ = clip.load(tmp_path / "cca", device="cpu")
+    features = torch.randn(3, model.image_encoder.width)
+    torch.testing.assert_close(loaded.image_projection(features), model.image_projection.eval()(features))
+
+
+@pytest.mark.parametrize("flags", [{"hidden_width": 8}, {"head_init": "cca"}])
+def test_they_need_heads(flags):
+    messages = [message for broken, message in rules(Config(num_projection_layers=0, **flags)) if broken]
+    assert messages == ["--hidden-width, --head-init cca: are for heads, and --num-projection-layers 0 has none; leave one out"]
