@@ -216,7 +216,11 @@ def whole_model(config):
         if config.num_projection_layers and isinstance(model.image_projection.projection, nn.Identity):
             add_identity_heads(model)
     for part in ("image", "text"):
-        getattr(model, f"{part}_projection").feature_dropout.p = getattr(config, f"{part}_feature_dropout")
+        head = getattr(model, f"{part}_projection")
+        for module in head.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = config.dropout
+        head.feature_dropout.p = getattr(config, f"{part}_feature_dropout")
     model.image_encoder.pretrained = not config.model.endswith("@random")
     set_scale_and_bias(model, config)
     return model

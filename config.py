@@ -156,7 +156,7 @@ ARCHITECTURE = (  # what defines the model
 FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed run keeps; no paths, as files may have moved
     *(name for name in ARCHITECTURE if name != "text_encoder"),
     *("freeze", "image_unfreeze_from", "gan", "seed", "loss", "temperature", "train_images", "steps"),
-    *("lora_rank", "layer_decay"),
+    *("lora_rank", "layer_decay", "head_init"),
 )
 HUB_PREFIX = "hf:"  # what the name of a data set on the Hugging Face hub begins with
 OPEN_CLIP = "open_clip:"  # what the name of one of open_clip's models begins with
@@ -298,7 +298,7 @@ PRESET_NOTES = {  # what is trained, on what, minutes on two CPU cores (-: not m
     "flickr8k": ("ResNet50 and DistilBERT, pretrained", "Flickr8k", "-"),
     "linear": ("linear heads on frozen EfficientNet-Lite2, MiniLM", "Flickr8k", "2 to 2.5"),
     "fast": ("heads with a hidden layer, on the same", "Flickr8k", "6"),
-    "best": ("linear, then last image stages and the text encoder", "Flickr8k", "45 to 56"),
+    "best": ("linear, then last image stages and text encoder", "Flickr8k", "45 to 56"),
     "fast-resnet50": ("fast, with the encoders of flickr8k", "Flickr8k", "-"),
     "best-resnet50": ("best, with the encoders of flickr8k", "Flickr8k", "-"),
     "open_clip": ("fine-tunes a pretrained CLIP or SigLIP, --model", "Flickr8k", "-"),
@@ -404,14 +404,15 @@ def resolve_defaults(config):
     if is_model_name(config.model):  # without heads of its own; frozen encoders get linear ones, else nothing could learn
         layers = 1 if config.freeze == "both" else 0
         name = OPENAI.get(config.model, config.model).partition("@")[0]
-        config = replace(config, image_encoder=name, text_encoder="the same model's", num_projection_layers=layers)
+        config = replace(config, image_encoder=name, text_encoder="the same model's")
+        config = replace(config, num_projection_layers=layers, hidden_width=0)
     elif config.model:
         source = load_run(config.model)["config"]
         config = replace(config, **{name: getattr(source, name) for name in ARCHITECTURE})
         if config.freeze == "both":
             config = replace(config, num_projection_layers=max(1, config.num_projection_layers))
     if is_stream(config.data_dir):  # features of frozen encoders are not kept, so there is no cheap first stage
-        config = replace(config, heads_first=False)
+        config = replace(config, heads_first=False, head_init="random")
     epochs, batch_size, head_lr = (60, 1000, 5e-3) if config.freeze == "both" else (8, 128, 1e-3)
     if config.freeze == "both" and config.head_init == "cca":
         epochs, head_lr = 30, 2e-3
@@ -501,14 +502,17 @@ def rules(config):
     )
     sides = f"--targets {c.targets}: are probabilities, and --loss {c.loss} takes each pair as right or wrong"
     yield c.loss in ("sigmoid", "bce") and c.targets in ("smooth", "soft"), sides
-    repeated = "--no-unique-images: draws one caption at a time, from real images; leave the other flag out"
+    repeated = "--no-unique-images: draws one caption at a time, from real images; pass --captions-per-image 1, no --extra-data"
     yield not c.unique_images and (c.captions_per_image > 1 or c.extra_data), repeated
     yield from stream_rules(c)
     yield c.flip_left_right and not c.hflip, "--flip-left-right: flips nothing without --hflip; add it"
     nothing = "--freeze both, --num-projection-layers 0: nothing but the temperature is left to train; leave one out"
     yield c.freezes("image") and c.freezes("text") and c.num_projection_layers == 0, nothing
+    cca, heads_alone = c.head_init == "cca", c.freeze == "both" or trains_heads_first(c)
+    unfrozen = "--head-init cca: is for new heads on frozen pretrained encoders; add --freeze both, or pass --head-init random"
+    yield cca and (c.model or not heads_alone), unfrozen
     headless = "--hidden-width, --head-init cca: are for heads, and --num-projection-layers 0 has none; leave one out"
-    yield c.num_projection_layers == 0 and (c.hidden_width or c.head_init == "cca"), headless
+    yield c.num_projection_layers == 0 and not c.model and (c.hidden_width or cca), headless
     several = "--captions-per-image: a generated picture has one caption; leave it out with --gan joint"
     yield joint and c.captions_per_image > 1, several
     unfreeze = f"--image-unfreeze-from {c.image_unfreeze_from}: --freeze {c.freeze} trains no image encoder"

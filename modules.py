@@ -215,7 +215,7 @@ class ProjectionHead(nn.Module):
     layers: 0 is no head, for encoders whose features have the width d_e; 1 is the paper's linear map; 2 is the residual head of
     many teaching scripts.
     hidden_width: units of a hidden layer (linear, GELU, dropout, linear) whose output is added to that of the linear map; 0:
-    none. It is 0 at first.
+    none. The output is 0 at first.
     dropout: of the hidden layer and the residual.
     bias: of the linear map; in the paper only after attention pooling.
     feature_dropout: probability that training drops an input feature.

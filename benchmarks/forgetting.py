@@ -21,7 +21,7 @@ from measure import RESULTS, report
 import main
 from config import PRESETS, resolve_defaults, run_cli
 from Datasets import shapes
-from utils.errors import run_command
+from utils.errors import UserError, run_command
 from utils.files import atomic_dir, write_json
 
 OLD, NEW = list(shapes.COLORS)[:4], list(shapes.COLORS)[4:]
@@ -90,10 +90,12 @@ def forgetting(seeds: tuple[int, ...] = (0, 1, 2), only: str = "", output: Path 
 
     Args:
         seeds: each way is trained once with each
-        only: only ways whose name begins with this; they must include "all weights"; empty: all
+        only: only ways whose name begins with this, "all weights" among them; needs json_path; empty: all
         output: folder of the samples and the runs
         json_path: file for the table; empty: docs/results/forgetting.json
     """
+    if only and not ("all weights".startswith(only) and json_path):
+        raise UserError(f"--only {only}: must include 'all weights', as the others are compared with it, and needs --json-path")
     prepare(output)
     ways = {way: settings for way, settings in WAYS.items() if way.startswith(only)}
     scores = {way: [fine_tuned(seed, settings, output, way) for seed in seeds] for way, settings in ways.items()}

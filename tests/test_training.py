@@ -632,7 +632,7 @@ def test_the_command_exits_with_status_2_and_one_line(tmp_path):
     with pytest.raises(SystemExit) as stop:
         parse_config(["shapes", "--no-such-flag"], "shapes")
     assert stop.value.code == 2
-    with pytest.raises(UserError, match="no-such-preset.*flickr8k, fast, .*shapes"):
+    with pytest.raises(UserError, match="no-such-preset.*flickr8k, linear, fast, .*shapes"):
         parse_config(["no-such-preset"], "shapes")
 
 

@@ -49,10 +49,7 @@ def freeze_encoders(config, model, splits, image_dir, device, dtype):
     if freeze_text:
         model.text_projection.standardize(T_f)
     if freeze_image and freeze_text and config.head_init == "cca":
-        if isinstance(train, Stream):  # a caption per picture
-            start_from_cca(model, I_f, T_f, torch.arange(len(T_f)))
-        else:  # an image is the mean of its crops
-            start_from_cca(model, I_f.mean(dim=1), T_f, torch.as_tensor(train.image_of_text))
+        start_from_cca(model, I_f.mean(dim=1), T_f, torch.as_tensor(train.image_of_text))  # an image: the mean of its crops
 
 
 def sample_features(config, model, stream, device, dtype):

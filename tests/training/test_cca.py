@@ -13,6 +13,7 @@ from embedding import project_and_normalize
 from evaluation.retrieval import recall
 from modules import ProjectionHead
 from training.cca import canonical_maps, start_from_cca
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 
@@ -45,10 +46,11 @@ def test_maps_are_those_of_the_generalised_eigenvalue_problem(captions, ridges):
             assert abs(cosine) == pytest.approx(1, abs=1e-6)
 
 
-@pytest.mark.parametrize("width", [6, 10])
-def test_heads_retrieve_before_the_first_step(width):
-    """Also where the joint space is wider than the features: rows without a direction change nothing."""
-    X, Y, row = paired(100, 8, 6, captions=2)
+@pytest.mark.parametrize("width, images", [(6, 100), (10, 100), (6, 5)])
+def test_heads_retrieve_before_the_first_step(width, images):
+    """Also where there are fewer directions than rows: those that are left hardly change a cosine, and can learn."""
+    X, Y, row = paired(images, 8, 6, captions=2)
+    directions = min(width, 6, images - 1)
     model = torch.nn.Module()
     model.image_projection, model.text_projection = ProjectionHead(8, width).eval(), ProjectionHead(6, width).eval()
 
@@ -61,26 +63,43 @@ def test_heads_retrieve_before_the_first_step(width):
     model.text_projection.standardize(Y)
     before = rsum()
     start_from_cca(model, X * 3 + 5, Y, row)
-    assert before < 100 < 300 < rsum()
-    maps = model.image_projection.projection.weight, model.text_projection.projection.weight
-    for W in maps:
-        assert W[:6].norm().item() == pytest.approx((width / 3) ** 0.5, rel=1e-5)
-    assert not maps[0][6:].any() and (maps[1][6:] != 0).all()
+    assert before < rsum() and (images == 5 or before < 100 < 300 < rsum())
+    W_i, W_t = model.image_projection.projection.weight, model.text_projection.projection.weight
+    for W in (W_i, W_t):
+        assert W[:directions].norm().item() == pytest.approx((width / 3) ** 0.5, rel=1e-5)
+    if directions < width:
+        assert not W_i[directions:].any() and 0 < W_t[directions:].abs().max() < 0.01
 
 
 def test_a_run_from_cca_with_a_hidden_layer_is_saved_and_loaded(small_flags, tmp_path):
-    settings = {"freeze": "both", "cached_crops": 2, "epochs": 1}
-    flags = small_flags("random", **settings), small_flags("cca", **settings, head_init="cca", hidden_width=24)
-    random, model = (main.train(parse_config(given, "shapes")[0]) for given in flags)
+    settings = {"freeze": "both", "cached_crops": 2, "epochs": 1, "head_lr": 2e-3, "hidden_width": 24}
+    flags = small_flags("random", **settings), small_flags("cca", **settings, head_init="cca")
+    _, model = (main.train(parse_config(given, "shapes")[0]) for given in flags)
     first = [pd.read_csv(tmp_path / name / "history.csv")["loss"][0] for name in ("random", "cca")]
     assert first[1] < first[0]
-    assert random.image_projection.hidden is None and model.image_projection.hidden[-1].weight.any()
+    assert model.image_projection.hidden[-1].weight.any()  # 0 before training
     loaded, _ = clip.load(tmp_path / "cca", device="cpu")
     features = torch.randn(3, model.image_encoder.width)
     torch.testing.assert_close(loaded.image_projection(features), model.image_projection.eval()(features))
 
 
+def test_the_defaults_are_those_that_suit_the_start():
+    epochs_and_rates = {}
+    for name, flags in {"random": ["--head-init", "random"], "cca": []}.items():
+        config = parse_config(["fast", *flags], "shapes")[0]
+        epochs_and_rates[name] = config.epochs, config.head_lr
+    assert epochs_and_rates == {"random": (60, 5e-3), "cca": (30, 2e-3)}
+
+
+@pytest.mark.parametrize("flags", [["shapes"], ["fast", "--freeze", "none", "--image-weights", "random"], ["open_clip"]])
+def test_it_needs_new_heads_on_frozen_encoders(flags):
+    with pytest.raises(UserError, match="--head-init cca: is for new heads on frozen pretrained encoders"):
+        parse_config([*flags, "--head-init", "cca"], "shapes")
+
+
 @pytest.mark.parametrize("flags", [{"hidden_width": 8}, {"head_init": "cca"}])
 def test_they_need_heads(flags):
-    messages = [message for broken, message in rules(Config(num_projection_layers=0, **flags)) if broken]
-    assert messages == ["--hidden-width, --head-init cca: are for heads, and --num-projection-layers 0 has none; leave one out"]
+    messages = [message for broken, message in rules(Config(freeze="both", num_projection_layers=0, **flags)) if broken]
+    assert messages[-1:] == [
+        "--hidden-width, --head-init cca: are for heads, and --num-projection-layers 0 has none; leave one out"
+    ]
