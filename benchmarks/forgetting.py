@@ -4,8 +4,8 @@
 
 The preset paper learns the sample in four of its colours, and is then fine-tuned on scenes in the other four, in four ways:
 all weights, the text encoder and the heads, adapters, and all weights with some of the old pictures among the new ones. The old
-score is the zero-shot accuracy over the 24 pairs of an old
-colour and a shape; the new one is recall on the new validation images. What is trained already is not trained again.
+score is the zero-shot accuracy over the 24 pairs of an old colour and a shape; the new one is recall on the new validation
+images. What is trained already is not trained again.
 """
 
 import contextlib
@@ -28,11 +28,12 @@ OLD, NEW = list(shapes.COLORS)[:4], list(shapes.COLORS)[4:]
 PROMPT = "a {} ."
 OLD_EPOCHS, NEW_EPOCHS = 30, 12
 REPLAYED = 600  # old pictures that --data-dir has beside the 3,000 new ones
+ALL_WEIGHTS = {"image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3}
 WAYS = {  # name: settings of the fine-tuning
-    "all weights": {"image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3},
+    "all weights": ALL_WEIGHTS,
     "text encoder and head": {"freeze": "image", "text_encoder_lr": 7e-4, "head_lr": 2e-3},
     "adapters of rank 8": {"lora_rank": 8, "image_encoder_lr": 4e-3, "text_encoder_lr": 4e-3, "head_lr": 1e-3},
-    "all weights, with old pictures": {"data_dir": "both", "image_encoder_lr": 1e-3, "text_encoder_lr": 3e-4, "head_lr": 1e-3},
+    "all weights, with old pictures": ALL_WEIGHTS | {"data_dir": "both"},
 }
 
 

@@ -5,10 +5,7 @@ Linear heads on frozen encoders that start from these maps retrieve well before 
 
 import torch
 
-IMAGE_RIDGE, TEXT_RIDGE = (
-    1.0,
-    0.3,
-)  # added to each feature's variance; larger for images, as there are fewer to estimate it from
+RIDGES = 1.0, 0.3  # added to the variances of image and text features; more for images, as there are fewer of them
 BLOCK = 4096  # rows that are in double precision at once
 SMALL = 0.01  # what rows of the text head without a direction are multiplied by
 
@@ -38,7 +35,7 @@ def standardized(head, features):
     return (features - head.mean.cpu()) / head.std.cpu()
 
 
-def canonical_maps(X, Y, row_of_y, dim, ridges=(IMAGE_RIDGE, TEXT_RIDGE)):
+def canonical_maps(X, Y, row_of_y, dim, ridges=RIDGES):
     """Maps A and B under which the features of pairs correlate most.
 
     X: (n, d_x) and Y: (m, d_y), features with mean 0 and variances around 1. row_of_y: (m,) the row of X that each row of Y

@@ -81,6 +81,8 @@ def test_a_run_from_cca_with_a_hidden_layer_is_saved_and_loaded(small_flags, tmp
     loaded, _ = clip.load(tmp_path / "cca", device="cpu")
     features = torch.randn(3, model.image_encoder.width)
     torch.testing.assert_close(loaded.image_projection(features), model.image_projection.eval()(features))
+    tuned = clip.create_model(Config(model=str(tmp_path / "cca"), dropout=0.3, image_feature_dropout=0.2), [])
+    assert [tuned.image_projection.hidden[2].p, tuned.image_projection.feature_dropout.p] == [0.3, 0.2]
 
 
 def test_the_defaults_are_those_that_suit_the_start():
