@@ -3,11 +3,12 @@
 import socket
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Literal
 
 import uvicorn
 
-from config import is_model_name, load_run, run_cli
+from config import is_model_name, load_run, run_cli, run_names
 from search.files import find_pictures
 from search.live import LiveGallery
 from search.queries import newest_run
@@ -15,6 +16,7 @@ from search.run_data import validation_files
 from search.searcher import Searcher
 from search.server import build_app
 from utils.errors import UserError, run_command
+from utils.images import Views
 
 MAX_CONNECTIONS = 200  # at once
 EXAMPLES = ("python app.py", "python app.py --run runs/shapes --images ~/Pictures")
@@ -24,6 +26,7 @@ LOCAL = ["127.0.0.1", "localhost", "::1", "[::1]"]
 def serve(
     run: str = "",
     images: str = "",
+    views: Views = 1,
     host: str = "127.0.0.1",
     port: int = 7860,
     cache_dir: str = ".cache",
@@ -34,8 +37,9 @@ def serve(
     """Serves a page to search pictures by words and pictures, to look at them, and to find duplicates.
 
     Args:
-        run: run folder, or name of a pretrained model; empty: the newest in runs/
+        run: run folder, or name of a pretrained model; several, with commas: an ensemble; empty: the newest in runs/
         images: folder to search, with its subfolders, which is watched for changes; empty: the run's own validation pictures
+        views: crops of each picture to embed and average: better matches, for as many times the time
         host: address to listen on; 0.0.0.0 lets everyone in the network see the pictures, without a password
         port: port to listen on
         cache_dir: folder where embeddings are cached
@@ -44,11 +48,12 @@ def serve(
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32
     """
     run = run or newest_run()
-    searcher = Searcher(run, device, precision, cache_dir)
+    searcher = Searcher(run, device, precision, cache_dir, views)
     files = find_pictures(images) if images else validation_files(run)
     next(iter(files))  # a mistake is named before the page opens
-    if searcher.is_folder or "/" not in run.removeprefix("runs/") and not is_model_name(run):  # else it may be a hub's
-        load_run(run)
+    for name in run_names(run):
+        if Path(name).is_dir() or "/" not in name.removeprefix("runs/") and not is_model_name(name):  # else it may be a hub's
+            load_run(name)
     list_files = partial(find_pictures, images) if images else lambda: files  # a run's own pictures do not change
     live = LiveGallery(searcher, list_files, "" if images.endswith(".tar") else images, num_workers)
     try:

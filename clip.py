@@ -19,9 +19,10 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from captions import SPLITS
-from config import CONTEXT_LENGTH, OPENAI, SUGGESTED, is_model_name, load_run, save_run, without_paths
+from config import CONTEXT_LENGTH, HUBNESS_FILE, OPENAI, SUGGESTED, is_model_name, load_run, save_run, without_paths
 from encoders.build import load_pretrained, random_text_config
 from encoders.hub import from_hub
+from encoders.hubness import load_hubness
 from encoders.openclip import build_open_clip, load_open_clip
 from encoders.stages import run_from_stage
 from encoders.tokenizer import CleaningTokenizer, openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
@@ -32,7 +33,7 @@ from utils.files import atomic_write
 from utils.images import center_crop, resize_image
 
 MODEL_FILES = ("config.json", "model.safetensors")
-HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
+HUB_FILES = ("tokenizer.json", HUBNESS_FILE, SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
 LOCAL_PREFIXES = ("runs/", "runs\\", ".", "/", "\\", "~")  # names that begin so are local folders, not a hub's
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
@@ -72,6 +73,8 @@ class CLIPModel(nn.Module, ModelHubMixin):
         self.tokenizer = tokenizer
         self.open_clip = None  # the architecture of one of open_clip's models, `encoders.openclip`
         self.run_dir = None  # the folder that `load` read it from
+        self.hubness = None  # an `encoders.hubness.Hubness`, which corrects the scores of a search
+        self.views = 1  # crops of each picture that are embedded for a search, `utils.images.view_crops`
 
     def save_pretrained(self, save_directory, **options):
         """huggingface_hub's call: writes a run folder with the current weights. options: huggingface_hub's.
@@ -91,9 +94,9 @@ class CLIPModel(nn.Module, ModelHubMixin):
         """Called by huggingface_hub's save_pretrained and push_to_hub. Local paths are not written."""
         run = load_run(self.run_dir)
         save_run(save_directory, without_paths(run["config"]), run["encoders"])
+        save_weights(self, save_directory)
         for name in (name for name in HUB_FILES if Path(self.run_dir, name).exists()):
             shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
-        save_weights(self, save_directory)
 
     @classmethod
     def _from_pretrained(cls, *, model_id, **_):
@@ -212,7 +215,7 @@ def whole_model(config):
         model = open_clip_model(*load_open_clip(config.model, config.size), config)
     else:
         model, _ = load(config.model, "cpu")
-        model.run_dir = None  # what is saved is another run
+        model.run_dir, model.hubness = None, None  # what is saved is another run
         if config.num_projection_layers and isinstance(model.image_projection.projection, nn.Identity):
             add_identity_heads(model)
     for part in ("image", "text"):
@@ -304,8 +307,10 @@ def describe_encoders(model):
 
 
 def save_weights(model, run_dir):
+    """Writes run_dir/model.safetensors, and removes what was learned from the weights that were there."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     contents = safetensors.torch.save(state)  # not save_file, which reports a full disk differently
+    (Path(run_dir) / HUBNESS_FILE).unlink(missing_ok=True)
     atomic_write(Path(run_dir) / "model.safetensors", lambda path: path.write_bytes(contents))
 
 
@@ -368,7 +373,7 @@ def load_from_folder(run_dir):
     if encoders.get("bias") and model.logit_bias is None:
         model.logit_bias = nn.Parameter(torch.zeros(()))
     load_weights(model, run_dir)
-    model.run_dir = str(run_dir)
+    model.run_dir, model.hubness = str(run_dir), load_hubness(run_dir)
     return model
 
 

@@ -158,6 +158,7 @@ FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed r
     *("freeze", "image_unfreeze_from", "gan", "seed", "loss", "temperature", "train_images", "steps"),
     *("lora_rank", "layer_decay", "head_init"),
 )
+HUBNESS_FILE = "hubness.safetensors"  # in a run folder
 HUB_PREFIX = "hf:"  # what the name of a data set on the Hugging Face hub begins with
 OPEN_CLIP = "open_clip:"  # what the name of one of open_clip's models begins with
 OPENAI = {  # OpenAI's names of its models: what they are short for
@@ -321,6 +322,11 @@ OPEN_CLIP_FLAGS = (  # and those of a pretrained model
 def is_model_name(name):
     """Whether a name is that of one of open_clip's models, or OpenAI's name of one; else it is a run folder."""
     return str(name).startswith(OPEN_CLIP) or name in OPENAI
+
+
+def run_names(run):
+    """The models that a --run names: one or, with commas between them, those of an ensemble."""
+    return [str(run)] if Path(run).is_dir() else str(run).split(",")  # a folder's name may have a comma in it
 
 
 def is_stream(data):

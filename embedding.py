@@ -8,23 +8,37 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import clip
+from config import run_names
 from dataset import pad
+from encoders.ensemble import EnsembleImageEncoder, EnsembleTextEncoder, require_same_inputs
+from encoders.hubness import EnsembleHubness
 from encoders.stages import run_from_stage
 from utils.device import autocast, pick_device, pick_dtype, speed_up_cpu
 from utils.errors import UserError
-from utils.images import as_batch, center_crop, read_images
+from utils.images import as_batch, read_images, view_crops
 
 IMAGE_BATCH, TEXT_BATCH = 64, 256  # batch sizes; they change memory and speed, not results
 
 
-def open_model(run, device, precision):
-    """(model, device, dtype) to embed with. run, device, precision: as on the command line.
+def open_model(run, device, precision, views=1):
+    """(model, device, dtype) to embed with. run, device, precision, views: as on the command line.
 
-    Raises UserError where there is no such run or device.
+    Several runs with commas between them become one model, an ensemble (`encoders.ensemble`).
+    Raises UserError where there is no such run or device, or where the runs take different inputs.
     """
     speed_up_cpu()
-    device = pick_device(device)
-    model, _ = clip.load(run, device)
+    device, names = pick_device(device), run_names(run)
+    models = [clip.load(name, device)[0] for name in names]
+    model = models[0]
+    if len(models) > 1:
+        require_same_inputs(models, names)
+        encoders = EnsembleImageEncoder(models), EnsembleTextEncoder(models)
+        model = clip.CLIPModel(*encoders, models[0].tokenizer, encoders[0].width, layers=0).eval().to(device)
+        model.logit_scale.data = torch.stack([part.logit_scale.data for part in models]).mean()
+        if all(part.hubness for part in models):
+            widths = [part.image_projection.out_features for part in models]
+            model.hubness = EnsembleHubness([part.hubness for part in models], widths)
+    model.views = views
     return model, device, pick_dtype(precision, device)
 
 
@@ -32,15 +46,16 @@ def open_model(run, device, precision):
 def image_feature_batches(model, pictures, device, dtype, total):
     """Yields the image encoder's features, (n, d_i), fp32, on the CPU, batch by batch.
 
-    pictures: an iterable of about `total` uint8 arrays from `utils.images`; their centre crops are encoded.
+    pictures: an iterable of about `total` uint8 arrays from `utils.images`. The model's number of views says which crops of
+    each are encoded; their features are averaged.
     """
     model.eval()
     encoder, pictures = model.image_encoder, iter(pictures)
     with tqdm(total=total, desc="images", leave=False, disable=None, unit="img") as progress:
-        while batch := list(islice(pictures, IMAGE_BATCH)):
-            image = as_batch([center_crop(picture, encoder.size) for picture in batch])
+        while batch := list(islice(pictures, IMAGE_BATCH // model.views)):
+            image = as_batch([crop for picture in batch for crop in view_crops(picture, encoder.size, model.views)])
             with autocast(device, dtype):
-                features = encoder(image.to(device)).float().cpu()
+                features = encoder(image.to(device)).float().cpu().unflatten(0, (len(batch), -1)).mean(dim=1)
             progress.update(len(batch))
             yield features
 
@@ -116,6 +131,25 @@ def project_and_normalize(head, features, device):
     """An encoder's features, (n, d), through its projection head: L2-normalised (n, d_e) embeddings, on the CPU."""
     head.eval()
     return F.normalize(head(features.to(device)), dim=1).cpu()
+
+
+def picture_vectors(model, I_f, device):
+    """Image features, (n, d_i) -> (n, d_e + 1): L2-normalised embeddings and, as a last number, minus their hubness."""
+    I_e = project_and_normalize(model.image_projection, I_f, device)
+    hubness = model.hubness.of_pictures(I_e) if model.hubness else torch.zeros(len(I_e))
+    return torch.cat([I_e, -hubness[:, None]], dim=1)
+
+
+def text_vectors(model, T_f, device):
+    """The same of text features, (m, d_t) -> (m, d_e + 1)."""
+    T_e = project_and_normalize(model.text_projection, T_f, device)
+    hubness = model.hubness.of_texts(T_e) if model.hubness else torch.zeros(len(T_e))
+    return torch.cat([T_e, -hubness[:, None]], dim=1)
+
+
+def pair_scores(T_v, I_v):
+    """The (m, n) scores of m texts with n pictures: cosines minus the hubness of both. T_v, I_v: vectors as above."""
+    return T_v[:, :-1] @ I_v[:, :-1].T + T_v[:, -1:] + I_v[:, -1]
 
 
 def token_ids(tokenizer, captions):

@@ -13,7 +13,7 @@ import tyro
 from config import run_cli
 from utils.errors import UserError, run_command
 from utils.files import write_json
-from utils.images import center_crop, read_image
+from utils.images import Views, center_crop, read_image
 
 NUM_PAIRS = 8  # images and captions in the figure that `match` draws
 DRAWN_PIXELS = 128  # height and width of each image in it
@@ -25,6 +25,7 @@ def retrieval(
     image_path: str = "",
     captions_path: str = "",
     split: Literal["train", "val", "test", "all"] = "val",
+    views: Views = 1,
     skip_bad: bool = False,
     num_workers: int = 4,
     device: str = "auto",
@@ -34,29 +35,33 @@ def retrieval(
     """Scores retrieval in both directions: R@1, R@5, R@10, median rank, and rsum, the sum of the six recalls (at most 600).
 
     Args:
-        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names; an ensemble: several with commas between them
         data_dir: folder with Images/ and a captions file; empty: the data that the run was trained on
         image_path: folder of the images, if it is not in data_dir
         captions_path: captions file, if it is not in data_dir
         split: which images to score; all: every image of the data set
+        views: crops of each picture to embed and average: more recall for as many times the time; search with the same
         skip_bad: leave out unusable rows and pictures instead of stopping
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32
         json_path: file for the scores
     """
-    from embedding import open_model
+    from embedding import open_model, pair_scores
     from evaluation.retrieval import recall, recall_table
-    from evaluation.splits import embed_rows, select_rows
+    from evaluation.splits import embed_pairs, select_rows
 
     data_paths = data_dir, image_path, captions_path
     rows = select_rows(run, data_paths, split, skip_bad)
-    opened = open_model(run, device, precision)
-    similarity, image_of_text, captions, paths = embed_rows(opened, rows, skip_bad, num_workers)
-    scores = {"images": len(paths), "captions": len(captions)} | recall(similarity, image_of_text)
+    opened = open_model(run, device, precision, views)
+    I_v, T_v, image_of_text, captions, paths = embed_pairs(opened, rows, skip_bad, num_workers)
+    scores = {"images": len(paths), "captions": len(captions)} | recall(pair_scores(T_v, I_v), image_of_text)
+    scores["rsum_of_cosines"] = recall(T_v[:, :-1] @ I_v[:, :-1].T, image_of_text)["rsum"]
     chance = f"chance of R@1 from text to image {100 / len(paths):.2f}%"
     print(f"{split}: {len(paths):,} images, {len(captions):,} captions; {chance}")
     print(recall_table(scores))
+    if opened[0].hubness:
+        print(f"rsum {scores['rsum_of_cosines']:.1f} by the cosines alone, without the correction of hubs")
     if json_path:
         write_json(json_path, scores)
 

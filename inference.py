@@ -9,12 +9,12 @@ from typing import Literal
 
 import tyro
 
-from config import is_model_name, run_cli
+from config import is_model_name, run_cli, run_names
 from search.files import find_pictures
 from search.gallery import Filters, open_gallery
 from search.queries import (
-    NUM_CAPTIONS,
     Query,
+    best_captions,
     best_matches,
     blend,
     classify_embedding,
@@ -27,7 +27,7 @@ from search.relevance import WRONG_SHARE
 from search.searcher import Searcher
 from utils.errors import UserError, lost_process, run_command
 from utils.files import write_json
-from utils.images import read_image
+from utils.images import Views, read_image
 
 EXAMPLES = (
     'python inference.py "a dog runs on the beach" --images ~/Pictures',
@@ -51,7 +51,8 @@ class Search:
     image: str = ""  # picture to find captions and look-alikes of, or to classify
     classify: tuple[str, ...] = ()  # class names to choose from for the picture of --image
     # Where to look
-    run: str = ""  # run folder, or name of a pretrained model; empty: the newest under runs/
+    run: str = ""  # run folder, or name of a pretrained model; several, with commas: an ensemble; empty: the newest in runs/
+    views: Views = 1  # crops of each picture to embed and average: better matches, for as many times the time
     images: str = ""  # folder to search, with its subfolders, or 'DIR/*.tar'; empty: the run's own validation pictures
     after: str = ""  # only pictures taken since then, as 2021, 2021-06 or 2021-06-30 (EXIF date, else the file's)
     before: str = ""  # only pictures taken before that
@@ -79,8 +80,8 @@ class Search:
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
     """The n pictures that match a query best, as [(filename, score)], best first.
 
-    image_embeddings: (N, d_e), L2-normalised, or a `search.gallery.Gallery`. query: a text, or a `search.queries.Query`.
-    image_filenames: N paths. Scores are cosines, -1 to 1; where n is larger than N there are N matches.
+    image_embeddings: (N, d_e), L2-normalised, (N, d_e + 1) as `search.queries` has them, or a `search.gallery.Gallery`. query: a text, or a `search.queries.Query`.
+    image_filenames: N paths. Scores are cosines, of vectors with hubness minus that; where n is larger than N there are N matches.
     output: a PNG to draw the matches into; show opens a window with it.
     Raises UserError for an empty query.
     """
@@ -108,7 +109,7 @@ def search(options):
     run = options.run or newest_run()
     if options.export:
         return write_onnx(run)
-    searcher = Searcher(run, options.device, options.precision, options.cache_dir)
+    searcher = Searcher(run, options.device, options.precision, options.cache_dir, options.views)
     if options.embed_only:
         return embed_pictures(searcher, options)
     if options.map:
@@ -151,6 +152,8 @@ def refuse_unclear(options):
         raise UserError("--duplicates: name the folder to look through with --images")
     if options.duplicates and (options.after or options.before or options.folder):
         raise UserError("--duplicates: looks through all of --images; leave --after, --before and --folder out")
+    if options.export and (options.views > 1 or len(run_names(options.run)) > 1):
+        raise UserError("--export: writes one run, which embeds one view; leave --views and further runs out")
     if options.map and not options.map.lower().endswith((".html", ".htm")):
         raise UserError(f"--map {options.map}: must end in .html")
 
@@ -253,7 +256,7 @@ def answer_picture(searcher, options):
     print(f"like {name}:")
     print_matches(matches)
     texts, embeddings = embed_captions(searcher)
-    captions = best_matches(embeddings, embedding, texts, NUM_CAPTIONS)
+    captions = best_captions(texts, embeddings, embedding)
     print(f"its best captions among {len(texts):,}:")
     for caption, score in captions:
         print(f"{score:7.3f}  {caption}")
@@ -296,8 +299,8 @@ def write_map(searcher, options):
 
     gallery = find_gallery(searcher, options)
     captions, caption_embeddings = embed_captions(searcher)
-    vectors = gallery.vectors[gallery.rows]
-    make_map(vectors, list(gallery.paths), captions, caption_embeddings, options.map, options.num_workers)
+    vectors = gallery.vectors[gallery.rows][:, :-1]
+    make_map(vectors, list(gallery.paths), captions, caption_embeddings[:, :-1], options.map, options.num_workers)
     print(f"written {options.map} and {Path(options.map).with_suffix('.png')}")
 
 

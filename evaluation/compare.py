@@ -8,7 +8,7 @@ import tyro
 
 from embedding import image_features, images_for, open_model, text_features, token_ids
 from evaluation.retrieval import recall
-from evaluation.splits import embed_rows, select_rows
+from evaluation.splits import embed_rows, same_images, select_rows
 from evaluation.zeroshot import find_pictures, top1_accuracy
 from utils.errors import UserError
 from utils.files import write_json
@@ -85,23 +85,6 @@ def compare(
     print(f"drawn in {output}")
     if json_path:
         write_json(json_path, {"runs": results})
-
-
-def same_images(chosen):
-    """{run: rows of `splits.select_rows`} with the images that all have. Raises UserError where there are none.
-
-    Recall is higher among fewer images, so models can be compared on the same ones only.
-    """
-    paths = {name: {str(image_dir / image) for image in table["image"]} for name, (table, image_dir, _) in chosen.items()}
-    common = set.intersection(*paths.values())
-    if not common:
-        raise UserError("--run: these runs have no images in common; name one data set for all with --data-dir")
-    if any(len(images) > len(common) for images in paths.values()):
-        print(f"compared on the {len(common):,} images that no run was trained on and all have")
-    rows = {}
-    for name, (table, image_dir, skipped) in chosen.items():
-        rows[name] = table[[str(image_dir / image) in common for image in table["image"]]], image_dir, skipped
-    return rows
 
 
 def speeds(opened, paths, captions):

@@ -6,9 +6,11 @@ from typing import Annotated, Literal
 import numpy as np
 import tyro
 
+from search.queries import as_queries
 from search.relevance import WRONG_SHARE, Relevance, reference_statistics, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
+from utils.images import Views
 
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
 MIN_IMAGES = 20  # fewer say too little
@@ -22,7 +24,7 @@ def label_pairs(T_e, image_of_text, num_images):
     """(right, wrong): two (m, n) masks. A pair is right where the caption was written for the image.
 
     It is neither where the image has a caption that is at least as similar to this text as two captions of one image usually
-    are: such a picture shows what the text says. T_e: (m, d_e), L2-normalised. image_of_text: (m,).
+    are: such a picture shows what the text says. T_e: (m, d_e + 1) queries. image_of_text: (m,).
     """
     right = image_of_text[:, None] == np.arange(num_images)
     similarity, similarities_within_image = T_e @ T_e.T, []
@@ -36,7 +38,7 @@ def label_pairs(T_e, image_of_text, num_images):
 
 
 def fit_relevance(I_e, T_e, image_of_text):
-    """The `Relevance` of n images and m captions, (n, d_e) and (m, d_e), L2-normalised.
+    """The `Relevance` of n images and m captions: vectors, (n, d_e + 1), and queries, (m, d_e + 1), as in `search.queries`.
 
     image_of_text: (m,) the index of each caption's image. The images become the references.
     """
@@ -162,6 +164,7 @@ def calibrate(
     captions_path: str = "",
     split: Literal["train", "val", "test", "all"] = "val",
     skip_bad: bool = False,
+    views: Views = 1,
     cache_dir: str = ".cache",
     num_workers: int = 4,
     device: str = "auto",
@@ -171,13 +174,14 @@ def calibrate(
     """Learns what a run's scores mean, for searches to come: from which score on a picture matches, and how probably.
 
     Args:
-        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
+        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names; an ensemble: several with commas between them
         data_dir: folder with Images/ and a captions file; empty: the data that the run was trained on
         image_path: folder of the images, if it is not in data_dir
         captions_path: captions file, if it is not in data_dir
         split: which images to learn from; all: every image of the data set
         skip_bad: leave out unusable rows and pictures instead of stopping
-        cache_dir: folder where what is learned is kept for a model that has no run folder
+        views: crops of each picture to embed and average, as in the searches to come
+        cache_dir: folder where what is learned is kept for several views, an ensemble, or a model that has no run folder
         num_workers: threads that decode pictures
         device: auto, cpu, cuda, cuda:1, mps
         precision: of matrix products; auto: bf16 or fp16 where native, else fp32
@@ -187,9 +191,9 @@ def calibrate(
     from evaluation.splits import embed_pairs, select_rows
 
     rows = select_rows(run, (data_dir, image_path, captions_path), split, skip_bad)
-    I_e, T_e, image_of_text, _, _ = embed_pairs(open_model(run, device, precision), rows, skip_bad, num_workers)
-    folder = relevance_folder(run, cache_dir)
-    unseen = write_relevance(folder, I_e, T_e, image_of_text)
+    I_v, T_v, image_of_text, _, _ = embed_pairs(open_model(run, device, precision, views), rows, skip_bad, num_workers)
+    folder = relevance_folder(run, cache_dir, views)
+    unseen = write_relevance(folder, I_v, as_queries(T_v[:, :-1]), image_of_text)
     print(f"{relevance_line(unseen)}\nwritten to {folder}")
     if json_path:
         write_json(json_path, unseen)

@@ -6,7 +6,7 @@ rsum is the sum of the six recalls (R@1, R@5 and R@10 in both directions, in per
 import numpy as np
 import scipy.stats
 
-from embedding import project_and_normalize
+from embedding import pair_scores, picture_vectors, text_vectors
 
 KS = (1, 5, 10)  # the K of Recall@K
 
@@ -71,10 +71,8 @@ def score(model, I_f, T_f, image_of_text, device):
 
 
 def similarities(model, I_f, T_f, device):
-    """The (m, n) cosine similarities of m captions with n images, from their features."""
-    I_e = project_and_normalize(model.image_projection, I_f, device)
-    T_e = project_and_normalize(model.text_projection, T_f, device)
-    return (T_e @ I_e.T).numpy()
+    """The (m, n) scores of m captions with n images, from their features: cosines, minus the hubness of both if it is known."""
+    return pair_scores(text_vectors(model, T_f, device), picture_vectors(model, I_f, device)).numpy()
 
 
 def recall_table(scores):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from captions import SPLITS, image_positions, load_captions, training_images
-from config import is_model_name, is_stream, load_run
-from embedding import file_features, project_and_normalize, text_features, token_ids
+from config import is_model_name, is_stream, load_run, run_names
+from embedding import file_features, pair_scores, picture_vectors, text_features, text_vectors, token_ids
 from training.stream import validation_table
 from utils.errors import UserError
 
@@ -12,19 +12,19 @@ from utils.errors import UserError
 def embed_rows(opened, rows, skip_bad, num_workers):
     """The similarities of some rows' images and captions. Arguments: as for `embed_pairs`.
 
-    Returns (similarity, image_of_text, captions, paths): the (m, n) cosines of m captions with n images, the (m,) index of each
-    caption's image, the m captions, and the paths of the n images.
+    Returns (similarity, image_of_text, captions, paths): the (m, n) scores of m captions with n images (`embedding.pair_scores`),
+    the (m,) index of each caption's image, the m captions, and the paths of the n images.
     """
-    I_e, T_e, *others = embed_pairs(opened, rows, skip_bad, num_workers)
-    return T_e @ I_e.T, *others
+    I_v, T_v, *others = embed_pairs(opened, rows, skip_bad, num_workers)
+    return pair_scores(T_v, I_v), *others
 
 
 def embed_pairs(opened, rows, skip_bad, num_workers):
     """Embeds the images and captions of some rows.
 
     opened: (model, device, dtype), from `embedding.open_model`. rows: from `select_rows`.
-    Returns (I_e, T_e, image_of_text, captions, paths): n images and m captions, (n, d_e) and (m, d_e) arrays, L2-normalised,
-    the (m,) index of each caption's image, the m captions, and the paths of the n images.
+    Returns (I_v, T_v, image_of_text, captions, paths): the vectors of n images and m captions, (n, d_e + 1) and (m, d_e + 1)
+    arrays (`embedding.picture_vectors`), the (m,) index of each caption's image, the m captions, and the paths of the n images.
     """
     (model, device, dtype), (table, image_dir, num_skipped) = opened, rows
     names, _ = image_positions(table)
@@ -35,13 +35,38 @@ def embed_pairs(opened, rows, skip_bad, num_workers):
     T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
     if num_skipped or bad:
         print(f"left out: {num_skipped} rows, {len(bad)} pictures")
-    I_e = project_and_normalize(model.image_projection, I_f, device).numpy()
-    T_e = project_and_normalize(model.text_projection, T_f, device).numpy()
-    return I_e, T_e, image_of_text, captions, [image_dir / name for name in names]
+    I_v, T_v = picture_vectors(model, I_f, device).numpy(), text_vectors(model, T_f, device).numpy()
+    return I_v, T_v, image_of_text, captions, [image_dir / name for name in names]
 
 
 def select_rows(run, data_paths, split, skip_bad):
-    """The captions of a split; val and test without images that the run was trained on.
+    """The captions of a split; val and test without images that the run, or one of an ensemble's, was trained on.
+
+    Arguments and result: as for `rows_of_run`.
+    """
+    chosen = same_images({name: rows_of_run(name, data_paths, split, skip_bad) for name in run_names(run)})
+    return next(iter(chosen.values()))
+
+
+def same_images(chosen):
+    """{run: rows of `select_rows`} with the images that all have. Raises UserError where there are none.
+
+    Recall is higher among fewer images, so models can be compared on the same ones only.
+    """
+    paths = {name: {str(image_dir / image) for image in table["image"]} for name, (table, image_dir, _) in chosen.items()}
+    common = set.intersection(*paths.values())
+    if not common:
+        raise UserError("--run: these runs have no images in common; name one data set for all with --data-dir")
+    if any(len(images) > len(common) for images in paths.values()):
+        print(f"scored on the {len(common):,} images that no run was trained on and all have")
+    rows = {}
+    for name, (table, image_dir, skipped) in chosen.items():
+        rows[name] = table[[str(image_dir / image) in common for image in table["image"]]], image_dir, skipped
+    return rows
+
+
+def rows_of_run(run, data_paths, split, skip_bad):
+    """The captions of a split; val and test without images that a run was trained on.
 
     data_paths: (data_dir, image_path, captions_path); if all are empty, the data that the run was trained on.
     Returns (table, image_dir, number of unusable rows that were left out). Raises UserError if the table would be empty.

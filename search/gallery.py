@@ -81,7 +81,7 @@ class Gallery:
     """N pictures to search."""
 
     paths: list | Paths
-    vectors: np.memmap  # (M, d_e) float16, L2-normalised, also of pictures that are not searched
+    vectors: np.memmap  # (M, d_e + 1) float16, as in `search.queries`, also of pictures that are not searched
     rows: np.ndarray  # (N,) int64, of the vectors of the N pictures
     compressed: CompressedIndex | None  # for approximate search, if there are many pictures
     store: Store
@@ -128,8 +128,8 @@ class Gallery:
         return int(self.order[place]) if place < len(self.rows) and self.rows[self.order[place]] == row else None
 
     def embedding_of(self, position):
-        """The embedding of one of the N pictures, (d_e,) float32."""
-        return self.vectors[self.rows[position]].astype(np.float32)
+        """The query of one of the N pictures to pictures, (d_e + 1,) float32."""
+        return np.append(self.vectors[self.rows[position]][:-1], 0).astype(np.float32)
 
 
 def open_gallery(searcher, files, folder, num_workers=0, exact=False):

@@ -26,13 +26,14 @@ MAX_APPROXIMATE = 1000  # matches; for more the exact search is used
 
 
 def top_k(gallery, embedding, n):
-    """The n nearest neighbours of an embedding, (d_e,): (cosines, positions in the gallery), two arrays, nearest first.
+    """The n best of a gallery for a query, (d_e + 1,): (scores, positions in the gallery), two arrays, best first.
 
-    gallery: L2-normalised embeddings, (N, d_e), or a `search.gallery.Gallery`.
+    gallery: vectors, (N, d_e + 1), or a `search.gallery.Gallery`; L2-normalised embeddings, (N, d_e), have no hubness.
     """
     if hasattr(gallery, "top_k"):
         return gallery.top_k(embedding, n)
-    return largest(np.asarray(gallery, dtype=np.float32) @ embedding, n)
+    gallery = np.asarray(gallery, dtype=np.float32)
+    return largest(gallery @ embedding[: gallery.shape[1]], n)
 
 
 def largest(scores, n):

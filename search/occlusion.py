@@ -46,10 +46,10 @@ def occlusion_map(model, picture, embedding, device, dtype):
 def heat_map(searcher, embedding, path, pixels):
     """The centre crop of a picture file, (pixels, pixels, 3) uint8, with a heat map over it.
 
-    searcher: a `search.searcher.Searcher`. embedding: of the query, (d_e,).
+    searcher: a `search.searcher.Searcher`. embedding: of the query, (d_e + 1,).
     """
     model, device, dtype = searcher.opened
     size = model.image_encoder.size
     picture = center_crop(read_image(path, size, model.image_encoder.resize), size)
-    heat = occlusion_map(model, picture, embedding, device, dtype)
+    heat = occlusion_map(model, picture, embedding[:-1], device, dtype)
     return overlay(center_crop(read_image(path, pixels), pixels), heat)

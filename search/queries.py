@@ -1,4 +1,9 @@
-"""Queries to a gallery: texts and pictures to embeddings, and embeddings to matches."""
+"""Queries to a gallery: texts and pictures to embeddings, and embeddings to matches.
+
+What is searched has vectors, (d_e + 1,): its L2-normalised embedding and, as a last number, minus its hubness
+(`encoders.hubness`). So has a query, but its last number is 1 where texts look for pictures or pictures for texts, and the product
+of both is the score: the cosine minus the hubness. Pictures that look for pictures have 0 there: the score is the cosine.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +21,7 @@ NUM_SPREAD = 1000  # pictures of a gallery that say how far cosines spread
 
 
 def embed_texts(model, texts):
-    """m texts -> (m, d_e) float32, L2-normalised. Raises UserError for a text that is empty or too long.
+    """m texts -> queries, (m, d_e + 1) float32. Raises UserError for a text that is empty or too long.
 
     model: a `search.searcher.Searcher` or a CLIPModel.
     """
@@ -28,14 +33,21 @@ def embed_texts(model, texts):
                 f"the query has {len(text):,} characters ({text[:20]!r}...), at most {MAX_QUERY_LENGTH:,} are allowed"
             )
     if hasattr(model, "embed_texts"):
-        return model.embed_texts(texts)
-    import embedding  # only here: this import takes seconds
+        T_e = model.embed_texts(texts)
+    else:
+        import embedding  # only here: this import takes seconds
 
-    return embedding.embed_texts(model, texts).numpy()
+        T_e = embedding.embed_texts(model, texts).numpy()
+    return as_queries(T_e)
+
+
+def as_queries(embeddings):
+    """(n, d_e) embeddings of texts that look for pictures, or of pictures that look for texts -> queries, (n, d_e + 1)."""
+    return np.pad(embeddings, ((0, 0), (0, 1)), constant_values=1)
 
 
 def embed_query(model, texts, minus=(), weights=()):
-    """The sum of the texts' embeddings minus those of `minus`, (d_e,), L2-normalised.
+    """The sum of the texts' embeddings minus those of `minus` as a query, (d_e + 1,), whose embedding is L2-normalised.
 
     texts: what a picture should match. minus: what it should not match. weights: one per text, then one per text of minus;
     empty: all are 1. Raises UserError if the number of weights is wrong, or if the sum is zero.
@@ -48,18 +60,18 @@ def embed_query(model, texts, minus=(), weights=()):
 
 
 def normalize(total):
-    """A sum of embeddings, (d_e,), L2-normalised. Raises UserError where it is zero."""
-    length = np.linalg.norm(total)
+    """A sum of queries, (d_e + 1,), whose embedding is then L2-normalised. Raises UserError where that is zero."""
+    length = np.linalg.norm(total[:-1])
     if length < 1e-6:
         raise UserError("the parts of the query cancel out: their sum is zero; change --minus or --weights")
     return total / length
 
 
 def blend(gallery, embeddings):
-    """One embedding, (d_e,), of several that count the same for the order of a gallery's pictures.
+    """One query, (d_e + 1,), of several that count the same for the order of a gallery's pictures.
 
-    A picture's cosines with pictures are larger and spread more than those with texts, so each embedding is first divided by
-    the standard deviation of its cosines with the gallery's pictures.
+    A picture's cosines with pictures are larger and spread more than those with texts, so each query is first divided by the
+    standard deviation of its scores with the gallery's pictures.
     """
     if len(embeddings) == 1:
         return embeddings[0]
@@ -80,12 +92,12 @@ class Query:
         return " + ".join(self.texts) + "".join(f" - {text}" for text in self.minus)
 
     def embed(self, model):
-        """Its embedding, (d_e,), L2-normalised."""
+        """Its query, (d_e + 1,)."""
         return embed_query(model, self.texts, self.minus, self.weights)
 
 
 def best_matches(gallery, embedding, image_filenames, n, skip=0):
-    """The n pictures nearest to an embedding, (d_e,), as [(filename, cosine)], best first. gallery: as for `index.top_k`.
+    """The n best pictures for a query, (d_e + 1,), as [(filename, score)], best first. gallery: as for `index.top_k`.
 
     skip: leave out that many better ones. Pictures that were deleted since the gallery was opened are left out.
     """
@@ -98,12 +110,20 @@ def best_matches(gallery, embedding, image_filenames, n, skip=0):
     return existing
 
 
+def best_captions(captions, vectors, embedding):
+    """The captions that match a picture best, [(caption, score)], best first.
+
+    captions, vectors: as `search.run_data.embed_captions` gives them. embedding: the picture's query to pictures, (d_e + 1,).
+    """
+    return best_matches(vectors, as_queries(embedding[None, :-1])[0], captions, NUM_CAPTIONS)
+
+
 @dataclass
 class Match:
     """A picture that was found. probability: that it matches, 0 to 1; None without a `Relevance`. relevant: above the floor."""
 
     filename: str
-    score: float  # cosine
+    score: float  # cosine, minus the hubness of what was found
     probability: float | None = None
     relevant: bool = True
 
@@ -116,26 +136,26 @@ class Match:
 
 
 def judge(matches, embedding, relevance, wrong_share=WRONG_SHARE):
-    """[(filename, cosine)] of a text's embedding, (d_e,) -> a list of `Match`.
+    """[(filename, score)] of a text's query, (d_e + 1,) -> a list of `Match`.
 
     relevance: a `search.relevance.Relevance`, or None. wrong_share: of the wrong pictures, that may get over the floor; 0: all.
     """
     if relevance is None:
         return [Match(name, score) for name, score in matches]
-    scores = relevance.corrected_scores([score for _, score in matches], embedding)
+    corrected = relevance.corrected_scores([score for _, score in matches], embedding)
     floor = relevance.floor(wrong_share)
     return [
-        Match(name, cosine, float(relevance.probability(score)), bool(score >= floor))
-        for (name, cosine), score in zip(matches, scores)
+        Match(name, score, float(relevance.probability(value)), bool(value >= floor))
+        for (name, score), value in zip(matches, corrected)
     ]
 
 
 def classify_embedding(model, embedding, names):
-    """The probability of each of c class names for a picture's embedding, (d_e,): [(name, probability)], highest first.
+    """The probability of each of c class names for a picture's query, (d_e + 1,): [(name, probability)], highest first.
 
     model: a CLIPModel.
     """
-    logits = model.logit_scale.exp().item() * embed_texts(model, names) @ embedding  # (c,)
+    logits = model.logit_scale.exp().item() * embed_texts(model, names)[:, :-1] @ embedding[:-1]  # (c,)
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     return [(names[i], float(probabilities[i])) for i in np.argsort(-logits, kind="stable")]

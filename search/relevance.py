@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.cache import KEPT, cache_key
+from config import run_names
+from utils.cache import KEPT, cache_key, file_stats
 from utils.errors import UserError
 from utils.files import write_array, write_json
 
@@ -23,7 +24,7 @@ WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
 class Relevance:
     """What `search.queries.judge` needs to say which pictures match, all learned from validation pairs."""
 
-    references: np.ndarray  # (K, d_e) embeddings of the reference pictures, L2-normalised
+    references: np.ndarray  # (K, d_e + 1) vectors of the reference pictures; (K, d_e) of a run without hubness
     weights: list  # of a picture's cosine, and of the two `reference_statistics`
     shares: list  # of the wrong pairs that are above a floor, falling
     floors: list  # these floors, rising
@@ -32,9 +33,9 @@ class Relevance:
     probabilities: list  # the share of pairs with such a score that were right
 
     def corrected_scores(self, cosines, embedding):
-        """Cosines of a text, whose embedding is (d_e,), with pictures -> scores that compare between texts."""
+        """Scores of a text, whose query is (d_e + 1,), with pictures -> scores that compare between texts."""
         cosine_weight, mean_weight, spread_weight = self.weights
-        mean, spread = reference_statistics(self.references @ embedding)
+        mean, spread = reference_statistics(self.references @ embedding[: self.references.shape[1]])
         return cosine_weight * np.asarray(cosines) + mean_weight * mean + spread_weight * spread
 
     def floor(self, wrong_share):
@@ -63,9 +64,12 @@ def reference_statistics(cosines):
     return cosines.mean(axis=-1), median - low
 
 
-def relevance_folder(run, cache_dir):
-    """Where the `Relevance` of a run is kept: in its folder or, for a model that has none, in the cache."""
-    return Path(run) if Path(run).is_dir() else Path(cache_dir) / f"{KEPT}{cache_key(str(run))}"
+def relevance_folder(run, cache_dir, views=1):
+    """Where the `Relevance` of a run is kept: in its folder or, for several views, an ensemble or a name, in the cache."""
+    if views == 1 and Path(run).is_dir():
+        return Path(run)
+    stats = file_stats(Path(name) / "model.safetensors" for name in run_names(run))
+    return Path(cache_dir) / f"{KEPT}{cache_key(stats, views)}"
 
 
 def load_relevance(folder):

@@ -5,13 +5,17 @@ import os
 import numpy as np
 
 from captions import load_captions
-from config import is_model_name, is_stream, load_run
+from config import is_model_name, is_stream, load_run, run_names
 from utils.errors import UserError
 from utils.files import write_array
 
 
 def read_data(run):
-    """(table, image_dir) of the data set that a run was trained on. Raises UserError if it is no longer there."""
+    """(table, image_dir) of the data set that a run was trained on. Raises UserError if it is no longer there.
+
+    run: of an ensemble, the first one counts.
+    """
+    run = run_names(run)[0]
     if is_model_name(run):
         raise UserError(f"--run {run}: has no pictures and captions of its own; name a folder of pictures with --images")
     config = load_run(run)["config"]
@@ -32,9 +36,9 @@ def validation_files(run):
 
 
 def embed_captions(searcher):
-    """The distinct captions of a run's data set: (captions, embeddings), m strings and (m, d_e), L2-normalised.
+    """The distinct captions of a run's data set: (captions, vectors), m strings and (m, d_e + 1), as `search.queries` says.
 
-    searcher: a `search.searcher.Searcher`. The embeddings are cached on disk. If the data set is no longer there, m is 0 and a
+    searcher: a `search.searcher.Searcher`. The vectors are cached on disk. If the data set is no longer there, m is 0 and a
     message is printed.
     """
     try:
@@ -44,9 +48,9 @@ def embed_captions(searcher):
         return [], np.empty((0, searcher.width), np.float32)
     path = searcher.captions_path(captions)
     try:
-        embeddings = np.load(path, mmap_mode="r")
-        if embeddings.shape == (len(captions), searcher.width):
-            return captions, embeddings
+        vectors = np.load(path, mmap_mode="r")
+        if vectors.shape == (len(captions), searcher.width):
+            return captions, vectors
     except (OSError, ValueError, EOFError):  # not yet computed, or damaged
         pass
     write_array(path, searcher.embed_captions(captions))

@@ -10,17 +10,20 @@ import os
 import shutil
 import threading
 from functools import cached_property
+from itertools import product
 from pathlib import Path
 
-from config import is_model_name
+import numpy as np
+
+from config import HUBNESS_FILE, is_model_name, run_names
 from search.relevance import load_relevance, relevance_folder
 from search.store import FORMAT
 from utils.cache import cache_key, file_stats, model_key, note_use
 from utils.errors import UserError
-from utils.files import HOST, read_bytes, write_json
+from utils.files import HOST, digest, read_bytes, write_json
 from utils.images import VIEW, decode_image
 
-RUN_FILES = "config.json", "model.safetensors", "tokenizer.json"
+RUN_FILES = "config.json", "model.safetensors", "tokenizer.json", HUBNESS_FILE
 
 
 def first_line(error):
@@ -28,17 +31,21 @@ def first_line(error):
 
 
 class Searcher:
-    """Embeds the texts and pictures of a search. run, device, precision: as on the command line; cache_dir: of embeddings.
+    """Embeds the texts and pictures of a search. run, device, precision, views: as on the command line.
 
-    Attributes: opened, (model, device, dtype), which is loaded when it is first used; keys, {"gallery", "text", "dtype",
-    "width"}: the cache keys of the image encoder and the text encoder, the precision, and the width d_e.
+    cache_dir: of embeddings.
+
+    Attributes: opened, (model, device, dtype), which is loaded when it is first used; keys, {"gallery", "text", "captions",
+    "dtype", "width"}: the cache keys of pictures' vectors, the text encoder and captions' vectors, the precision, and the width
+    of a vector, d_e + 1. What vectors are, `search.queries` says.
     Raises UserError where there is no such run, in the attributes and methods, too.
     """
 
-    def __init__(self, run, device="auto", precision="auto", cache_dir=".cache"):
+    def __init__(self, run, device="auto", precision="auto", cache_dir=".cache", views=1):
         self.run, self.device, self.precision, self.cache_dir = str(run), str(device), precision, Path(cache_dir)
+        self.views, self.folders = views, [Path(name) for name in run_names(run)]
         self.lock, self.loaded = threading.Lock(), None
-        self.is_folder = not is_model_name(self.run) and Path(self.run).is_dir()
+        self.is_folder = not any(is_model_name(name) for name in run_names(run)) and all(map(Path.is_dir, self.folders))
 
     @property
     def opened(self):
@@ -46,7 +53,7 @@ class Searcher:
             if not self.is_loaded:
                 from embedding import open_model  # only here: this import takes seconds
 
-                self.loaded = open_model(self.run, self.device, self.precision)
+                self.loaded = open_model(self.run, self.device, self.precision, self.views)
             return self.loaded
 
     @property
@@ -65,11 +72,15 @@ class Searcher:
             except (OSError, ValueError):  # the first search, or another version's file
                 pass
         model, _, dtype = self.opened
+        image_keys = model_key(model.image_encoder), model_key(model.image_projection)
+        text_keys = model_key(model.text_encoder), model_key(model.text_projection)
+        hubness = [digest(read_bytes(path)) for folder in self.folders for path in [folder / HUBNESS_FILE] if path.exists()]
         keys = {
-            "gallery": cache_key(model_key(model.image_encoder), model_key(model.image_projection), VIEW, dtype, FORMAT),
-            "text": cache_key(model_key(model.text_encoder), model_key(model.text_projection)),
+            "gallery": cache_key(*image_keys, VIEW, dtype, FORMAT, hubness, self.views),
+            "text": cache_key(*text_keys),
+            "captions": cache_key(*text_keys, hubness),
             "dtype": str(dtype),
-            "width": model.image_projection.out_features,
+            "width": model.image_projection.out_features + 1,
         }
         if self.is_folder:
             with contextlib.suppress(UserError):  # a cache that cannot be written is named when the gallery is opened
@@ -78,7 +89,7 @@ class Searcher:
         return keys
 
     def keys_path(self):
-        stats = file_stats([Path(self.run) / name for name in RUN_FILES])
+        stats = file_stats([folder / name for folder in self.folders for name in RUN_FILES]), self.views
         machine = HOST, os.environ.get("CUDA_VISIBLE_DEVICES")  # which decides what "auto" means
         return self.cache_dir / f"run-{cache_key(stats, self.device, self.precision, machine, VIEW, FORMAT)}.json"
 
@@ -87,12 +98,12 @@ class Searcher:
         return self.keys["width"]
 
     def gallery_path(self):
-        """The path of the `Store` with the embeddings of this run's image encoder."""
+        """The path of the `Store` with the pictures' vectors of this run."""
         return self.cache_dir / f"gallery-{self.keys['gallery']}.sqlite"
 
     def captions_path(self, captions):
-        """The path of the embeddings of some captions."""
-        return self.cache_dir / f"captions-{cache_key(self.keys['text'], self.keys['dtype'], captions)}.npy"
+        """The path of the vectors of some captions."""
+        return self.cache_dir / f"captions-{cache_key(self.keys['captions'], self.keys['dtype'], captions)}.npy"
 
     def session_path(self):
         return self.cache_dir / f"text-{self.keys['text']}"
@@ -120,20 +131,20 @@ class Searcher:
         return embed_texts(self.model, texts).numpy()
 
     def embed_captions(self, captions):
-        """m captions -> (m, d_e) float32, L2-normalised; in the run's precision, as for training."""
-        from embedding import project_and_normalize, text_features, token_ids
+        """m captions -> their vectors, (m, d_e + 1) float32; in the run's precision, as for training."""
+        from embedding import text_features, text_vectors, token_ids
 
         model, device, dtype = self.opened
         T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
-        return project_and_normalize(model.text_projection, T_f, device).numpy()
+        return text_vectors(model, T_f, device).numpy()
 
     @cached_property
     def relevance(self):
         """The run's `Relevance`, or None."""
-        return load_relevance(relevance_folder(self.run, self.cache_dir))
+        return load_relevance(relevance_folder(self.run, self.cache_dir, self.views))
 
     def embed_file(self, path):
-        """The embedding of one picture file, (d_e,) float32, L2-normalised. Raises UserError where it cannot be read."""
+        """The query of one picture file to pictures, (d_e + 1,) float32. Raises UserError where it cannot be read."""
         if Path(path).is_dir():
             raise UserError(f"{path}: is a folder; --image and --similar-to name a picture, --images a folder")
         if not Path(path).is_file():
@@ -150,7 +161,8 @@ class Searcher:
         except (ValueError, OSError) as error:
             raise UserError(f"{name}: {error}") from None
         I_f = image_features(model, [picture], device, dtype, 1)
-        return project_and_normalize(model.image_projection, I_f, device)[0].numpy()
+        I_e = project_and_normalize(model.image_projection, I_f, device)[0].numpy()
+        return np.append(I_e, np.float32(0))
 
     def save_text_encoder(self):
         """Writes the text encoder for later queries, after a search that had to load the whole model."""
@@ -160,12 +172,12 @@ class Searcher:
 
         print("saving the text encoder to the cache; the next text query starts faster", flush=True)
         try:
-            write_text_session(self.model, self.run, self.session_path())
+            write_text_session(self.model, self.folders[0], self.session_path())
             self.note_use(self.session_path())
         except Exception as error:  # a full disk, or a text encoder that torch.onnx cannot export, in many types
             print(f"it was not saved: {first_line(error)}")
 
     def note_use(self, *paths):
         if self.is_folder:
-            for path in paths:
-                note_use(self.run, path)
+            for folder, path in product(self.folders, paths):
+                note_use(folder, path)

@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from search.gallery import Filters
-from search.queries import NUM_CAPTIONS, best_matches, blend, classify_embedding, embed_query, judge
+from search.queries import best_captions, best_matches, blend, classify_embedding, embed_query, judge
 from search.relevance import WRONG_SHARE
 from utils.errors import UserError
 from utils.files import read_bytes
@@ -151,7 +151,7 @@ class Page:
         texts, embeddings = self.live.captions
         if not texts:
             return []
-        found = best_matches(embeddings, embedding, texts, NUM_CAPTIONS)
+        found = best_captions(texts, embeddings, embedding)
         return [{"caption": caption, "score": f"{score:.2f}"} for caption, score in found]
 
     def classify(self, request):

@@ -30,7 +30,7 @@ STALE = (  # listed files that are new or have changed; further conditions may f
     "listed LEFT JOIN pictures USING (path) WHERE (pictures.path IS NULL "
     "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed)"
 )
-FORMAT = "pictures with a hash of the file, and a date"  # part of cache keys
+FORMAT = "pictures with a hash of the file, a date, and their hubness"  # part of cache keys
 TIMEOUT = 60  # seconds to wait for another command's transaction
 MAGIC = b"CLIP vectors 1"
 HEADER = 64  # bytes, so that rows are aligned

@@ -82,7 +82,7 @@ def read_picture(path, size, resize):
 
 def embedded(searcher, entries, num_workers):
     """Yields (path, bytes, changed, content, taken, vector) for each of (path, bytes, changed), as for `Store.add`."""
-    from embedding import image_feature_batches, project_and_normalize  # only here: these imports take seconds
+    from embedding import image_feature_batches, picture_vectors  # only here: these imports take seconds
 
     model, device, dtype = searcher.opened
     read = partial(read_picture, size=model.image_encoder.size, resize=model.image_encoder.resize)
@@ -99,7 +99,7 @@ def embedded(searcher, entries, num_workers):
 
     # image_feature_batches draws from pictures(), so `waiting` holds the entries whose vectors are not computed yet.
     for I_f in image_feature_batches(model, pictures(), device, dtype, len(entries)):
-        for vector in project_and_normalize(model.image_projection, I_f, device).numpy():
+        for vector in picture_vectors(model, I_f, device).numpy():
             yield *waiting.popleft(), vector
         while unreadable:
             yield unreadable.popleft()

@@ -19,7 +19,7 @@ from conftest import ROOT
 from PIL import Image
 
 import app
-from search import server, update
+from search import queries, server, update
 from search.files import find_pictures
 from search.live import LiveGallery
 from search.searcher import Searcher
@@ -161,7 +161,7 @@ def test_a_picture_opens_large_and_finds_others_like_it(page, site):
     page.goto(f"{site}/?q=a+star&folder=more/*")
     page.get_by_role("button", name="copy of 3.jpg").click()
     page.get_by_text("2021-06-30 12:00:00").wait_for()
-    assert page.locator("#captions li").count() == server.NUM_CAPTIONS
+    assert page.locator("#captions li").count() == queries.NUM_CAPTIONS
     look(page, "viewer")
     page.get_by_role("button", name="Heat map").click()
     until(page, "document.getElementById('large').complete && document.getElementById('large').naturalWidth == 320")
@@ -204,7 +204,7 @@ def test_it_is_driven_by_keys(page):
 
 def test_a_picture_from_outside_has_captions_classes_and_look_alikes(page, pictures):
     page.locator("#file").set_input_files(pictures / "drawn" / "00007.png")
-    page.locator("#given-captions li").nth(server.NUM_CAPTIONS - 1).wait_for()
+    page.locator("#given-captions li").nth(queries.NUM_CAPTIONS - 1).wait_for()
     assert page.locator("#grid .tile").first.get_attribute("title") == "drawn/00007.png"
     page.get_by_label("Classes, with commas between them").fill("a red circle, a blue star")
     page.get_by_role("button", name="Which is it?").click()
@@ -325,9 +325,9 @@ def test_a_gigabyte_is_refused_before_it_is_read(site):
 
 
 def test_many_clients_at_once_lose_no_search_and_uploads_do_not_pile_up(site, pictures, monkeypatch):
-    queries = [f"a {color} {shape}" for color in ("red", "blue", "green", "yellow", "white") for shape in ("star", "ring")]
+    asked = [f"a {color} {shape}" for color in ("red", "blue", "green", "yellow", "white") for shape in ("star", "ring")]
     with ThreadPoolExecutor(10) as clients:
-        answers = list(clients.map(lambda text: ask(site, "/api/search", q=text, floor=0), queries * 5))
+        answers = list(clients.map(lambda text: ask(site, "/api/search", q=text, floor=0), asked * 5))
     assert all(status == 200 and len(answer["matches"]) == server.NUM_SHOWN for status, answer in answers)
     assert all(answers[i] == answers[i + 10] for i in range(10))  # and each got its own
     monkeypatch.setattr(server, "NUM_UPLOADS", 2)

@@ -196,6 +196,23 @@ def batch_loader(dataset, sampler, pad_id, num_workers=0, pin_memory=False):
     )
 
 
+def some_pairs(split, chosen):
+    """A Split of some of a split's images, chosen: (n,) positions, each with one crop and its first caption."""
+    _, first = np.unique(split.image_of_text, return_index=True)
+    texts = first[chosen]
+    images = Subset(split.images, chosen) if split.image_key == "image" else split.images[chosen, :1]
+    return Split(
+        names=[split.names[i] for i in chosen],
+        pictures=split.pictures,
+        captions=[split.captions[i] for i in texts],
+        image_of_text=np.arange(len(chosen)),
+        images=images,
+        texts=split.texts[texts] if split.text_key == "text_features" else [split.texts[i] for i in texts],
+        image_key=split.image_key,
+        text_key=split.text_key,
+    )
+
+
 def split_features(model, split, device, dtype):
     """(I_f, T_f) of a split, (n, d_i) and (m, d_t). What is not cached is computed, by each process for its shard."""
     I_f, T_f = split.images, split.texts

@@ -6,12 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from config import generated_per_batch, is_stream
-from embedding import project_and_normalize, text_features, token_ids
+from embedding import picture_vectors, project_and_normalize, text_features, token_ids
 from evaluation.relevance import relevance_line, write_relevance
-from evaluation.retrieval import recall_table, score
+from encoders.hubness import BANK, Hubness
+from evaluation.retrieval import recall_table, score, similarities
+from search.queries import as_queries
 from training import distributed
 from training.checkpoint import PREVIOUS
-from training.data import count_cut, split_features
+from training.data import Split, count_cut, some_pairs, split_features
 from training.losses import SIDES, Objective
 from training.model_card import write_card
 from utils.errors import UserError
@@ -120,15 +122,22 @@ def write_report(state, splits, start, device, dtype):
     """
     run_dir, model, history, validation = Path(state.config.run_dir), state.model, state.history, splits["val"]
     I_f, T_f = split_features(model, validation, device, dtype)
+    scores_of_cosines = score(model, I_f, T_f, validation.image_of_text, device)
+    model.hubness = learn_hubness(model, splits["train"], device, dtype)
     scores = score(model, I_f, T_f, validation.image_of_text, device)
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
     before = "before fine-tuning" + ("" if state.config.model else " (heads only)")
     summary = f"best epoch {best['epoch']}" if best["rsum"] > start.rsum else f"best {before}"
     print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(scores))
+    now = scores_of_cosines["rsum"]
+    if model.hubness:
+        print(f"rsum {now:.1f} by the cosines alone, without the correction of hubs")
     if start.rsum >= 0:
-        print(f"rsum {start.rsum:.1f} {before}, {scores['rsum']:.1f} now")
+        print(f"rsum {start.rsum:.1f} {before}, {now:.1f} now")
     if distributed.is_main_process():
+        if model.hubness:
+            model.hubness.save(run_dir)
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)
         learn_relevance(model, validation, I_f, T_f, device, run_dir)
@@ -136,12 +145,25 @@ def write_report(state, splits, start, device, dtype):
         (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
 
 
+def learn_hubness(model, train, device, dtype):
+    """The `Hubness` of a model, whose banks are at most BANK training pictures and the first caption of each.
+
+    train: a `training.data.Split`. None for a `Stream`, which has no features of all.
+    """
+    if not isinstance(train, Split):
+        return None
+    chosen = np.linspace(0, train.num_real, min(BANK, train.num_real), endpoint=False).astype(int)
+    I_f, T_f = split_features(model, some_pairs(train, chosen), device, dtype)
+    I_e = project_and_normalize(model.image_projection, I_f, device)
+    return Hubness(I_e, project_and_normalize(model.text_projection, T_f, device), model.logit_scale.exp().item())
+
+
 def learn_relevance(model, split, I_f, T_f, device, run_dir):
     """Writes what a search needs to say which pictures match, and prints how it does."""
-    I_e = project_and_normalize(model.image_projection, I_f, device).numpy()
-    T_e = project_and_normalize(model.text_projection, T_f, device).numpy()
+    I_v = picture_vectors(model, I_f, device).numpy()
+    T_q = as_queries(project_and_normalize(model.text_projection, T_f, device).numpy())
     try:
-        print(relevance_line(write_relevance(run_dir, I_e, T_e, split.image_of_text)))
+        print(relevance_line(write_relevance(run_dir, I_v, T_q, split.image_of_text)))
     except UserError as error:
         print(f"no relevance floor: {error}")
 
@@ -151,9 +173,7 @@ def draw_examples(model, split, I_f, T_f, device, run_dir):
     images = np.arange(len(split.names))[:: max(1, len(split.names) // NUM_PAIRS)][:NUM_PAIRS]
     captions_of_image = [np.flatnonzero(split.image_of_text == image) for image in images]
     rows = [captions[i % len(captions)] for i, captions in enumerate(captions_of_image)]  # not always an image's first caption
-    I_e = project_and_normalize(model.image_projection, I_f, device)
-    T_e = project_and_normalize(model.text_projection, T_f[rows], device)
-    similarity = (T_e @ I_e.T).numpy()  # (NUM_PAIRS, n) cosines
+    similarity = similarities(model, I_f, T_f[rows], device)  # (NUM_PAIRS, n)
     captions = [split.captions[row] for row in rows]
     draw_similarity([split.pictures[i] for i in images], captions, similarity[:, images], run_dir / "similarity.png")
     searches = []

@@ -9,6 +9,7 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, Ope
 AREA = "shortest area"  # how images are resized for an encoder, unless it was trained on another way
 PREFETCH = 256  # images decoded ahead
 NUM_SHOWN = 3  # bad images listed in an error
+Views = Literal[1, 2, 4]  # of `view_crops`
 NUM_MEASURED = 50  # pictures whose decoded size stands for that of all
 
 cv2.setNumThreads(0)  # its threads would compete with torch's for the cores; we use one thread per image instead
@@ -68,6 +70,18 @@ def center_crop(image, size):
     """The centre (size, size, 3) of an image whose shorter side is `size`."""
     top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
     return image[top : top + size, left : left + size]
+
+
+def view_crops(image, size, views):
+    """The (size, size, 3) crops that stand for an image whose shorter side is `size`.
+
+    1: the centre crop; 2: and its mirror image; 4: the crops at both ends of the longer side, and their mirror images.
+    """
+    if views == 4:
+        crops = [image[:size, :size], image[image.shape[0] - size :, image.shape[1] - size :]]
+    else:
+        crops = [center_crop(image, size)]
+    return crops if views == 1 else crops + [crop[:, ::-1] for crop in crops]
 
 
 def read_image(path, size, resize=AREA):

@@ -56,7 +56,7 @@ def opened(searcher, folder):
 
 
 def embeddings(found):
-    """(N, d_e) in the order of the paths."""
+    """(N, d_e + 1) vectors in the order of the paths."""
     return torch.from_numpy(found.vectors[found.rows].astype(np.float32))
 
 
@@ -80,7 +80,9 @@ def test_embeddings_are_those_of_the_model(run, opened):
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(path)) for path in found.paths])
         expected = torch.nn.functional.normalize(model.encode_image(pixels), dim=1)
-    torch.testing.assert_close(embeddings(found), expected, atol=1e-3, rtol=1e-3)  # float16
+    torch.testing.assert_close(embeddings(found)[:, :-1], expected, atol=1e-3, rtol=1e-3)  # float16
+    hubness = model.hubness.of_pictures(expected)
+    torch.testing.assert_close(embeddings(found)[:, -1], -hubness, atol=1e-3, rtol=1e-3)
 
 
 def test_only_what_is_new_or_changed_is_embedded_and_what_is_gone_is_dropped(opened, folder, sample, counted):
@@ -189,7 +191,7 @@ def test_another_model_has_its_own_embeddings(opened, run, tmp_path, capsys):
     weights["image_projection.projection.weight"].neg_()
     safetensors.torch.save_file(weights, tmp_path / "other" / "model.safetensors")
     capsys.readouterr()
-    torch.testing.assert_close(embeddings(opened(searcher=other)), -embeddings(first))
+    torch.testing.assert_close(embeddings(opened(searcher=other))[:, :-1], -embeddings(first)[:, :-1])
     assert "6 of 6 pictures: new, changed, or not yet embedded with this model" in capsys.readouterr().out
     assert torch.equal(embeddings(opened()), embeddings(first))
 
@@ -276,9 +278,9 @@ def test_a_cache_that_cannot_be_written_is_named(opened, tmp_path):
 
 
 def embedding_of(path):
-    """A vector of 256 that tells a file's bytes."""
+    """A vector of 257 that tells a file's bytes."""
     seed = int.from_bytes(hashlib.sha256(Path(path).read_bytes()).digest()[:4], "big")
-    return torch.from_numpy(np.random.default_rng(seed).random(256, dtype=np.float32).astype(np.float16).astype(np.float32))
+    return torch.from_numpy(np.random.default_rng(seed).random(257, dtype=np.float32).astype(np.float16).astype(np.float32))
 
 
 def test_a_command_killed_at_any_moment_leaves_a_gallery_that_is_right(searcher, tmp_path, monkeypatch):

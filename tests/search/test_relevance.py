@@ -111,7 +111,8 @@ def test_a_search_says_when_nothing_matches(run, tmp_path, capsys):
     everything = json.loads((tmp_path / "f").read_text())
     assert strict["matches"] == [] and len(everything["matches"]) == 9
     assert all(0 <= match["probability"] <= 1 for match in everything["matches"])
-    assert strict["best_guess"] == everything["matches"][0]
+    assert strict["best_guess"]["filename"] == everything["matches"][0]["filename"]
+    assert strict["best_guess"]["score"] == pytest.approx(everything["matches"][0]["score"], abs=1e-6)
     inference.main(["a red circle", "--floor", "0", "--more", "1", "--n", "3", *flags])
     assert json.loads((tmp_path / "f").read_text())["matches"] == everything["matches"][3:6]
 

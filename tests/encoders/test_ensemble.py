@@ -1,0 +1,102 @@
+"""Ensembles and views, against the same cosines computed one by one."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+
+import clip
+from embedding import image_features, open_model, pair_scores, picture_vectors, text_features, text_vectors, token_ids
+from search.queries import embed_texts
+from search.searcher import Searcher
+from utils.errors import UserError
+from utils.images import center_crop, view_crops
+
+TEXTS = ["a red circle", "a large blue star left of a small ring"]
+
+
+@pytest.fixture(scope="module")
+def other(run, tmp_path_factory):
+    """A run of the same kind with other weights."""
+    folder = shutil.copytree(run, tmp_path_factory.mktemp("other") / "run")
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for part in ("image", "text"):
+        weight = weights[f"{part}_projection.projection.weight"]
+        weight += weight.std() * torch.randn(weight.shape, generator=generator)
+    safetensors.torch.save_file(weights, folder / "model.safetensors")
+    return folder
+
+
+@pytest.fixture
+def pictures():
+    rng = np.random.default_rng(0)
+    return [rng.integers(256, size=(80, 100, 3), dtype=np.uint8), rng.integers(256, size=(120, 80, 3), dtype=np.uint8)]
+
+
+def scores(opened, pictures):
+    model, device, dtype = opened
+    I_f = image_features(model, pictures, device, dtype, len(pictures))
+    T_f = text_features(model, token_ids(model.tokenizer, TEXTS), device, dtype)
+    return pair_scores(text_vectors(model, T_f, device), picture_vectors(model, I_f, device))
+
+
+def test_an_ensembles_scores_are_the_mean_of_its_models(run, other, pictures):
+    both = scores(open_model(f"{run},{other}", "cpu", "fp32"), pictures)
+    alone = [scores(open_model(name, "cpu", "fp32"), pictures) for name in (run, other)]
+    assert not torch.allclose(alone[0], alone[1], atol=1e-3)
+    torch.testing.assert_close(both, sum(alone) / 2, atol=1e-5, rtol=0)
+
+
+def test_models_of_other_sizes_make_no_ensemble(run, tmp_path):
+    larger = shutil.copytree(run, tmp_path / "larger")
+    settings = json.loads((larger / "config.json").read_text())
+    settings["config"]["size"] = settings["encoders"]["image"]["size"] = 96
+    (larger / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(UserError, match=r"different input sizes \(80 and 96 px\); an ensemble needs the same"):
+        open_model(f"{run},{larger}", "cpu", "fp32")
+
+
+def test_views_are_averaged(run, pictures):
+    model, device, dtype = open_model(run, "cpu", "fp32", views=4)
+    found = image_features(model, pictures, device, dtype, 2)
+    ends = pictures[0][:, :80], pictures[0][:, 20:]
+    crops = [*ends, *(crop[:, ::-1] for crop in ends)]
+    pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(found[0], model.image_encoder(pixels).mean(dim=0), atol=1e-5, rtol=1e-4)
+
+
+def test_crops_of_a_wide_and_a_tall_picture(pictures):
+    wide, tall = pictures
+    np.testing.assert_array_equal(view_crops(wide, 80, 1), [center_crop(wide, 80)])
+    np.testing.assert_array_equal(view_crops(wide, 80, 2), [center_crop(wide, 80), center_crop(wide, 80)[:, ::-1]])
+    np.testing.assert_array_equal(view_crops(tall, 80, 4)[:2], [tall[:80], tall[40:]])
+
+
+def test_a_search_with_an_ensemble_starts_without_torch_and_answers_the_same(run, other, tmp_path):
+    name = f"{run},{other}"
+    first = Searcher(name, "cpu", "fp32", tmp_path)
+    expected = first.embed_texts(TEXTS)
+    parts = [embed_texts(clip.load(part, "cpu")[0], TEXTS)[:, :-1] for part in (run, other)]
+    np.testing.assert_allclose(expected, np.concatenate(parts, axis=1) / 2**0.5, atol=1e-6)
+    assert first.width == 2 * parts[0].shape[1] + 1
+    first.save_text_encoder()
+    second = Searcher(name, "cpu", "fp32", tmp_path)
+    np.testing.assert_allclose(second.embed_texts(TEXTS), expected, atol=1e-5)
+    assert not second.is_loaded
+
+
+def test_views_and_ensembles_have_galleries_of_their_own(run, other, tmp_path):
+    paths = {Searcher(name, "cpu", "fp32", tmp_path, views).gallery_path() for name in (run, f"{run},{other}") for views in (1, 2)}
+    assert len(paths) == 4
+
+
+def test_normalised_again(run, pictures):
+    model, device, dtype = open_model(run, "cpu", "fp32", views=2)
+    I_v = picture_vectors(model, image_features(model, pictures, device, dtype, 2), device)
+    torch.testing.assert_close(I_v[:, :-1], F.normalize(I_v[:, :-1], dim=1))

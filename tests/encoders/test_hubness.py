@@ -1,0 +1,92 @@
+"""The correction of hubs, against a table worked by hand and against loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import clip
+from config import HUBNESS_FILE
+from embedding import pair_scores, picture_vectors, text_vectors
+from encoders.hubness import SHARE, EnsembleHubness, Hubness, load_hubness
+from evaluation.retrieval import recall
+from utils.errors import UserError
+
+
+def unit(*rows):
+    return F.normalize(torch.tensor(rows, dtype=torch.float32), dim=1)
+
+
+def test_nearness_by_hand():
+    """Two bank texts, along x and along y; a picture along x has the cosines 1 and 0 with them, one between them 0.7071 twice."""
+    hubness = Hubness(unit((1, 0), (0, 1)), unit((1, 0), (0, 1)), 2.0)
+    usual = math.log((math.exp(2) + 1) / 2) / 2  # of each bank picture
+    assert hubness.levels[0].item() == pytest.approx(usual, abs=1e-6)
+    found = hubness.of_pictures(unit((1, 0), (1, 1)))
+    assert found.tolist() == pytest.approx([0, SHARE * (math.sqrt(0.5) - usual)], abs=1e-6)
+
+
+def test_pictures_are_compared_with_texts_and_texts_with_pictures():
+    rng = np.random.default_rng(0)
+    pictures, texts, asked = (F.normalize(torch.tensor(rng.normal(size=(n, 5)), dtype=torch.float32), dim=1) for n in (7, 9, 4))
+    hubness = Hubness(pictures, texts, 10.0)
+
+    def nearness(x, bank):
+        return math.log(sum(math.exp(10 * float(x @ b)) for b in bank) / len(bank)) / 10
+
+    for found, own, other in ((hubness.of_pictures(asked), pictures, texts), (hubness.of_texts(asked), texts, pictures)):
+        level = sum(nearness(x, other) for x in own) / len(own)
+        assert found.tolist() == pytest.approx([SHARE * (nearness(x, other) - level) for x in asked], abs=1e-5)
+
+
+def test_a_picture_that_is_near_to_all_texts_no_longer_wins():
+    """Pictures have the cosine 0.5 with their own text and 0 with the others; a hub has 0.58 with all three."""
+    texts = torch.eye(3, 4)
+    own = F.normalize(texts + math.sqrt(3) * torch.tensor([0.0, 0, 0, 1]), dim=1)
+    pictures = torch.cat([own, unit((1, 1, 1, 0))])
+    cosines = texts @ pictures.T
+    assert (cosines.argmax(dim=1) == 3).all()
+    corrected = cosines - Hubness(own, texts, 20.0).of_pictures(pictures)
+    assert corrected.argmax(dim=1).tolist() == [0, 1, 2]
+
+
+def test_a_run_keeps_its_banks_and_its_scores_are_corrected(run, tmp_path):
+    model, _ = clip.load(run, "cpu")
+    assert len(model.hubness.pictures) == len(model.hubness.texts) == 96  # as many as training pictures
+    I_f, T_f = torch.randn(6, model.image_encoder.width), torch.randn(6, model.text_encoder.width)
+    I_v, T_v = picture_vectors(model, I_f, "cpu"), text_vectors(model, T_f, "cpu")
+    for vectors, found in ((I_v, model.hubness.of_pictures(I_v[:, :-1])), (T_v, model.hubness.of_texts(T_v[:, :-1]))):
+        torch.testing.assert_close(vectors[:, -1], -found)
+    scores = pair_scores(T_v, I_v)
+    expected = T_v[2, :-1] @ I_v[3, :-1] - model.hubness.of_texts(T_v[2:3, :-1]) - model.hubness.of_pictures(I_v[3:4, :-1])
+    assert scores[2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert recall(scores.numpy(), np.arange(6))["rsum"] >= 0
+    model.hubness.save(tmp_path)
+    kept = load_hubness(tmp_path)
+    torch.testing.assert_close(kept.of_pictures(I_v[:, :-1]), model.hubness.of_pictures(I_v[:, :-1]), atol=1e-4, rtol=0)
+
+
+def test_new_weights_drop_the_banks_of_the_old_ones(run, tmp_path):
+    model, _ = clip.load(run, "cpu")
+    model.hubness.save(tmp_path)
+    clip.save_weights(model, tmp_path)
+    assert load_hubness(tmp_path) is None
+    model.save_pretrained(tmp_path / "copy")
+    assert load_hubness(tmp_path / "copy") is not None
+
+
+def test_damaged_banks_are_named(tmp_path):
+    (tmp_path / HUBNESS_FILE).write_bytes(b"no safetensors")
+    with pytest.raises(UserError, match=r"hubness.safetensors: damaged .* delete it"):
+        load_hubness(tmp_path)
+
+
+def test_an_ensembles_hubness_is_the_mean_of_its_models():
+    first, second = (Hubness(F.normalize(torch.randn(8, d), dim=1), F.normalize(torch.randn(8, d), dim=1), 5.0) for d in (3, 4))
+    a, b = F.normalize(torch.randn(5, 3), dim=1), F.normalize(torch.randn(5, 4), dim=1)
+    both = EnsembleHubness([first, second], [3, 4])
+    side_by_side = torch.cat([a, b], dim=1) / 2**0.5
+    torch.testing.assert_close(both.of_pictures(side_by_side), (first.of_pictures(a) + second.of_pictures(b)) / 2)
+    torch.testing.assert_close(both.of_texts(side_by_side), (first.of_texts(a) + second.of_texts(b)) / 2)
