@@ -32,8 +32,8 @@ from utils.errors import UserError
 from utils.files import atomic_write
 from utils.images import center_crop, resize_image
 
-MODEL_FILES = ("config.json", "model.safetensors")
-HUB_FILES = ("tokenizer.json", HUBNESS_FILE, SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
+MODEL_FILES = ("config.json", "model.safetensors", HUBNESS_FILE)
+HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
 LOCAL_PREFIXES = ("runs/", "runs\\", ".", "/", "\\", "~")  # names that begin so are local folders, not a hub's
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
@@ -307,11 +307,13 @@ def describe_encoders(model):
 
 
 def save_weights(model, run_dir):
-    """Writes run_dir/model.safetensors, and removes what was learned from the weights that were there."""
+    """Writes run_dir/model.safetensors, and beside it what corrects the scores of these weights, if the model has it."""
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     contents = safetensors.torch.save(state)  # not save_file, which reports a full disk differently
-    (Path(run_dir) / HUBNESS_FILE).unlink(missing_ok=True)
+    (Path(run_dir) / HUBNESS_FILE).unlink(missing_ok=True)  # of other weights
     atomic_write(Path(run_dir) / "model.safetensors", lambda path: path.write_bytes(contents))
+    if model.hubness:
+        model.hubness.save(run_dir)
 
 
 def load_weights(model, run_dir):

@@ -326,7 +326,10 @@ def is_model_name(name):
 
 def run_names(run):
     """The models that a --run names: one or, with commas between them, those of an ensemble."""
-    return [str(run)] if Path(run).is_dir() else str(run).split(",")  # a folder's name may have a comma in it
+    names = [str(run)] if Path(run).is_dir() else [name.strip() for name in str(run).split(",")]  # a folder may have a comma
+    if len(names) > 1 and not all(names):
+        raise UserError(f"--run {run}: a name is missing between the commas")
+    return names
 
 
 def is_stream(data):

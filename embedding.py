@@ -10,7 +10,7 @@ from tqdm import tqdm
 import clip
 from config import run_names
 from dataset import pad
-from encoders.ensemble import EnsembleImageEncoder, EnsembleTextEncoder, require_same_inputs
+from encoders.ensemble import EnsembleImageEncoder, EnsembleTextEncoder, SideBySide, require_same_inputs
 from encoders.hubness import EnsembleHubness
 from encoders.stages import run_from_stage
 from utils.device import autocast, pick_device, pick_dtype, speed_up_cpu
@@ -32,14 +32,22 @@ def open_model(run, device, precision, views=1):
     model = models[0]
     if len(models) > 1:
         require_same_inputs(models, names)
-        encoders = EnsembleImageEncoder(models), EnsembleTextEncoder(models)
-        model = clip.CLIPModel(*encoders, models[0].tokenizer, encoders[0].width, layers=0).eval().to(device)
-        model.logit_scale.data = torch.stack([part.logit_scale.data for part in models]).mean()
-        if all(part.hubness for part in models):
-            widths = [part.image_projection.out_features for part in models]
-            model.hubness = EnsembleHubness([part.hubness for part in models], widths)
+        model = ensemble(models).eval().to(device)
     model.views = views
     return model, device, pick_dtype(precision, device)
+
+
+def ensemble(models):
+    """The CLIPModel of several, which take the same inputs: its scores are the mean of theirs."""
+    widths = [part.image_projection.out_features for part in models]
+    encoders = EnsembleImageEncoder(models), EnsembleTextEncoder(models)
+    model = clip.CLIPModel(*encoders, models[0].tokenizer, sum(widths), layers=0)
+    model.image_projection, model.text_projection = SideBySide(widths), SideBySide(widths)
+    model.logit_scale.data = torch.stack([part.logit_scale.data for part in models]).mean()
+    model.open_clip = next((part.open_clip for part in models if part.open_clip), None)
+    if any(part.hubness for part in models):
+        model.hubness = EnsembleHubness([part.hubness for part in models], widths)
+    return model
 
 
 @torch.no_grad()

@@ -80,8 +80,9 @@ class Search:
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
     """The n pictures that match a query best, as [(filename, score)], best first.
 
-    image_embeddings: (N, d_e), L2-normalised, (N, d_e + 1) as `search.queries` has them, or a `search.gallery.Gallery`. query: a text, or a `search.queries.Query`.
-    image_filenames: N paths. Scores are cosines, of vectors with hubness minus that; where n is larger than N there are N matches.
+    image_embeddings: (N, d_e), L2-normalised, (N, d_e + 1) as `search.queries` has them, or a `search.gallery.Gallery`.
+    query: a text, or a `search.queries.Query`.
+    image_filenames: N paths. Scores are cosines, minus the hubness of vectors that have it. There are N matches if n is larger.
     output: a PNG to draw the matches into; show opens a window with it.
     Raises UserError for an empty query.
     """

@@ -19,11 +19,11 @@ from pathlib import Path
 from measure import peak_megabytes, report
 
 from config import run_cli
-from embedding import open_model
 from search import map as picture_map
 from search.gallery import open_gallery
 from search.map import group, lay_out, middles, to_cells
-from search.queries import embed_captions, read_data
+from search.run_data import embed_captions, read_data
+from search.searcher import Searcher
 from utils.errors import UserError, run_command
 
 import numpy as np  # isort: skip
@@ -118,18 +118,19 @@ def read_run(run, cache_dir):
 
     The embeddings are (n, d_e), float32; the captions are as `embed_captions` has them.
     """
-    model, device, dtype = open_model(run, "auto", "auto")
+    searcher = Searcher(run, cache_dir=cache_dir)
     table, image_dir = read_data(run)
     names = list(table["image"].unique())
     paths = [os.path.abspath(image_dir / name) for name in names]
     files = [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
-    gallery = open_gallery(model, files, None, cache_dir, device, dtype, 4, exact=True)
-    captions, embeddings = embed_captions(model, run, cache_dir, device, dtype)
-    place, found = dict(zip(captions, embeddings.numpy())), dict(zip(gallery.paths, gallery.vectors[gallery.rows]))
+    gallery = open_gallery(searcher, files, "", 4, exact=True)
+    captions, vectors = embed_captions(searcher)
+    embeddings = vectors[:, :-1]
+    place, found = dict(zip(captions, embeddings)), dict(zip(gallery.paths, gallery.vectors[gallery.rows][:, :-1]))
     own = table.groupby("image")["caption"].apply(lambda texts: np.mean([place[text] for text in texts], axis=0))
     chosen = [(name, path) for name, path in zip(names, paths) if path in found]
     vectors = np.stack([found[path] for _, path in chosen]).astype(np.float32)
-    return [path for _, path in chosen], vectors, np.stack([own[name] for name, _ in chosen]), (captions, embeddings.numpy())
+    return [path for _, path in chosen], vectors, np.stack([own[name] for name, _ in chosen]), (captions, embeddings)
 
 
 def fit(labels, vectors, texts):
@@ -151,7 +152,7 @@ def measure(run: str, pictures: int = 20_000, cache_dir: str = ".cache", json_pa
 
     paths, vectors, texts, captions = read_run(run, cache_dir)
     groups = KMeans(CAPTION_GROUPS, n_init=3, random_state=0).fit_predict(texts)
-    drawn, near = drawing().Drawing(torch.from_numpy(vectors)).draw(pictures).numpy(), nearest(vectors)
+    drawn, near = drawing().Drawing(torch.from_numpy(vectors), vectors.shape[1]).draw(pictures).numpy(), nearest(vectors)
     near_drawn, note = nearest(drawn), ""
     rows = [["none: the embeddings", "100", "", f"{same_group(near, groups):.0f}", "100", "", ""]]
     with tempfile.TemporaryDirectory() as folder:

@@ -21,6 +21,7 @@ from measure import peak_megabytes, report
 from config import run_cli
 from search import index
 from search.gallery import open_gallery, read_gallery
+from search.queries import as_queries
 from search.run_data import embed_captions, read_data
 from search.searcher import Searcher
 from search.store import Store
@@ -43,23 +44,24 @@ def closeness(vectors):
 
 
 class Drawing:
-    """Draws vectors like real ones, (n, d_e)."""
+    """Draws vectors like real ones, (n, d), whose first d_e numbers are an L2-normalised embedding."""
 
-    def __init__(self, real):
-        self.real, self.generator = real, torch.Generator().manual_seed(0)
+    def __init__(self, real, d_e):
+        self.real, self.d_e, self.generator = real, d_e, torch.Generator().manual_seed(0)
         centred = real - real.mean(dim=0)
         values, vectors = torch.linalg.eigh(centred.T @ centred / len(real))
-        self.root = vectors * values.clamp(min=0).sqrt()  # (d_e, d_e); times its transpose it is the covariance
-        self.scale = min(SCALES, key=lambda scale: abs(self.closeness(scale) - closeness(real)))
+        self.root = vectors * values.clamp(min=0).sqrt()  # (d, d); times its transpose it is the covariance
+        self.scale = min(SCALES, key=lambda scale: abs(self.closeness(scale) - closeness(real[:, :d_e])))
 
     def closeness(self, scale):
         self.scale = scale
-        return closeness(self.draw(len(self.real)))
+        return closeness(self.draw(len(self.real))[:, : self.d_e])
 
     def draw(self, count):
         chosen = self.real[torch.randint(len(self.real), (count,), generator=self.generator)]
         noise = torch.randn(count, self.real.shape[1], generator=self.generator) @ self.root.T
-        return torch.nn.functional.normalize(chosen + self.scale * noise, dim=1)
+        drawn = chosen + self.scale * noise
+        return torch.cat([torch.nn.functional.normalize(drawn[:, : self.d_e], dim=1), drawn[:, self.d_e :]], dim=1)
 
 
 def entries(first, count):
@@ -128,13 +130,15 @@ def measure(run: str, pictures: int = 1_000_000, queries: int = 400, cache_dir: 
     own = open_gallery(searcher, files, "", 4, exact=True)
     real = torch.from_numpy(own.vectors[own.rows].astype(np.float32))
     captions = embed_captions(searcher)[1]
-    drawing, width = Drawing(real), real.shape[1]
-    near = f"{closeness(real):.3f} among {len(real):,} real and {drawing.closeness(drawing.scale):.3f} among as many drawn"
+    width = real.shape[1]
+    drawing = Drawing(real, width - 1)
+    near = f"{closeness(real[:, :-1]):.3f} among {len(real):,} real and "
+    near += f"{drawing.closeness(drawing.scale):.3f} among as many drawn"
     print(f"median cosine with the tenth neighbour: {near} (noise {drawing.scale})", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         store = Store(Path(folder) / "gallery.sqlite", width)
         chosen = torch.randperm(len(captions), generator=torch.Generator().manual_seed(1))[:queries]
-        np.save(f"{folder}/queries.npy", captions[chosen.numpy()])
+        np.save(f"{folder}/queries.npy", as_queries(captions[chosen.numpy(), :-1]))
         fill(store, drawing, 0, pictures - GROWTH)
         started = time.perf_counter()
         index.open_index(store.companion(".faiss"), store.vectors())

@@ -12,8 +12,8 @@ from utils.errors import UserError
 def embed_rows(opened, rows, skip_bad, num_workers):
     """The similarities of some rows' images and captions. Arguments: as for `embed_pairs`.
 
-    Returns (similarity, image_of_text, captions, paths): the (m, n) scores of m captions with n images (`embedding.pair_scores`),
-    the (m,) index of each caption's image, the m captions, and the paths of the n images.
+    Returns (similarity, image_of_text, captions, paths): the (m, n) `pair_scores` of m captions with n images, the (m,)
+    index of each caption's image, the m captions, and the paths of the n images.
     """
     I_v, T_v, *others = embed_pairs(opened, rows, skip_bad, num_workers)
     return pair_scores(T_v, I_v), *others

@@ -70,6 +70,7 @@ class Trained:
         Its running statistics lag behind weights that took few steps.
         """
         model, (device, dtype) = copy.deepcopy(self.model).train(), self.device_and_dtype
+        model.hubness = None  # `best` is of the cosines, too
         frozen = self.config.freeze in ("image", "both")
         if frozen or not any(isinstance(module, _BatchNorm) and module.training for module in model.modules()):
             return self.best["rsum"]

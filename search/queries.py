@@ -1,8 +1,8 @@
 """Queries to a gallery: texts and pictures to embeddings, and embeddings to matches.
 
-What is searched has vectors, (d_e + 1,): its L2-normalised embedding and, as a last number, minus its hubness
-(`encoders.hubness`). So has a query, but its last number is 1 where texts look for pictures or pictures for texts, and the product
-of both is the score: the cosine minus the hubness. Pictures that look for pictures have 0 there: the score is the cosine.
+What is searched has a vector, (d_e + 1,): its L2-normalised embedding and, as a last number, minus its hubness
+(`encoders.hubness`). So has a query, but its last number is 1 if a text looks for pictures or a picture for texts. The product
+of both is the score: the cosine minus the hubness. A picture that looks for pictures has 0 there: the score is the cosine.
 """
 
 from dataclasses import dataclass

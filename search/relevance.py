@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from config import run_names
+from config import HUBNESS_FILE, run_names
 from utils.cache import KEPT, cache_key, file_stats
 from utils.errors import UserError
 from utils.files import write_array, write_json
@@ -24,7 +24,7 @@ WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
 class Relevance:
     """What `search.queries.judge` needs to say which pictures match, all learned from validation pairs."""
 
-    references: np.ndarray  # (K, d_e + 1) vectors of the reference pictures; (K, d_e) of a run without hubness
+    references: np.ndarray  # (K, d_e + 1) vectors of the reference pictures; (K, d_e) of a run of an earlier version
     weights: list  # of a picture's cosine, and of the two `reference_statistics`
     shares: list  # of the wrong pairs that are above a floor, falling
     floors: list  # these floors, rising
@@ -66,9 +66,10 @@ def reference_statistics(cosines):
 
 def relevance_folder(run, cache_dir, views=1):
     """Where the `Relevance` of a run is kept: in its folder or, for several views, an ensemble or a name, in the cache."""
-    if views == 1 and Path(run).is_dir():
-        return Path(run)
-    stats = file_stats(Path(name) / "model.safetensors" for name in run_names(run))
+    names = run_names(run)
+    if views == 1 and len(names) == 1:
+        return Path(run) if Path(run).is_dir() else Path(cache_dir) / f"{KEPT}{cache_key(str(run))}"
+    stats = file_stats(Path(name) / file for name in names for file in ("model.safetensors", HUBNESS_FILE))
     return Path(cache_dir) / f"{KEPT}{cache_key(stats, views)}"
 
 

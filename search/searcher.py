@@ -20,7 +20,7 @@ from search.relevance import load_relevance, relevance_folder
 from search.store import FORMAT
 from utils.cache import cache_key, file_stats, model_key, note_use
 from utils.errors import UserError
-from utils.files import HOST, digest, read_bytes, write_json
+from utils.files import HOST, read_bytes, write_json
 from utils.images import VIEW, decode_image
 
 RUN_FILES = "config.json", "model.safetensors", "tokenizer.json", HUBNESS_FILE
@@ -74,7 +74,7 @@ class Searcher:
         model, _, dtype = self.opened
         image_keys = model_key(model.image_encoder), model_key(model.image_projection)
         text_keys = model_key(model.text_encoder), model_key(model.text_projection)
-        hubness = [digest(read_bytes(path)) for folder in self.folders for path in [folder / HUBNESS_FILE] if path.exists()]
+        hubness = model.hubness and model.hubness.key
         keys = {
             "gallery": cache_key(*image_keys, VIEW, dtype, FORMAT, hubness, self.views),
             "text": cache_key(*text_keys),
@@ -140,8 +140,12 @@ class Searcher:
 
     @cached_property
     def relevance(self):
-        """The run's `Relevance`, or None."""
-        return load_relevance(relevance_folder(self.run, self.cache_dir, self.views))
+        """The run's `Relevance`, or None. An ensemble and several views need one of their own: a message says how to get it."""
+        found = load_relevance(relevance_folder(self.run, self.cache_dir, self.views))
+        if not found and (self.views > 1 or len(self.folders) > 1):
+            flags = f"--run {self.run}" + f" --views {self.views}" * (self.views > 1)
+            print(f"no relevance floor, so all is shown; python evaluate.py calibrate {flags} learns it")
+        return found
 
     def embed_file(self, path):
         """The query of one picture file to pictures, (d_e + 1,) float32. Raises UserError where it cannot be read."""

@@ -228,8 +228,8 @@ class Page:
         def draw(gallery):
             from search.map import map_pictures, page
 
-            paths = list(gallery.paths)
-            pictures = map_pictures(gallery.vectors[gallery.rows], paths, *self.live.captions, 1)
+            paths, (captions, vectors) = list(gallery.paths), self.live.captions
+            pictures = map_pictures(gallery.vectors[gallery.rows][:, :-1], paths, captions, vectors[:, :-1], 1)
             key = {path: gallery.key_of(position) for position, path in enumerate(paths)}
             return page(pictures, lambda path: f"/picture/{key[path]}?large")
 

@@ -38,7 +38,7 @@ Recall on the {val:,} validation images, in percent. A random ranking has an R@1
 |---|---|---|---|---|
 {recalls}
 
-The settings were chosen on these images, so results on others will be a little lower.
+{correction}The settings were chosen on these images, so results on others will be a little lower.
 
 ## Use
 
@@ -52,6 +52,9 @@ people, and it repeats the errors and biases of its data and of the weights it s
 """
 
 
+CORRECTION = """These are scores that are corrected for hubness, as a search uses them; the cosines of `clip.load` recall less.
+
+"""
 POOLINGS = {"first": "the first token", "mean": "all tokens", "last": "the last token"}
 SOFTMAX = "the symmetric contrastive loss of Radford et al. 2021 (arXiv:2103.00020)"
 LOSSES = {
@@ -75,7 +78,9 @@ def write_card(run_dir, config, model, splits, scores):
     for side in ("image_to_text", "text_to_image"):
         cells = [side.replace("_", " "), *(f"{scores[side][column]:.1f}" for column in columns)]
         rows.append("| " + " | ".join(cells) + " |")
+    correction = "" if model.hubness is None else CORRECTION
     text = CARD.format(
+        correction=correction,
         image=last_part(config.image_encoder),
         text=last_part(config.text_encoder),
         width=model.image_projection.out_features,

@@ -4,11 +4,12 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from config import generated_per_batch, is_stream
 from embedding import picture_vectors, project_and_normalize, text_features, token_ids
-from evaluation.relevance import relevance_line, write_relevance
 from encoders.hubness import BANK, Hubness
+from evaluation.relevance import relevance_line, write_relevance
 from evaluation.retrieval import recall_table, score, similarities
 from search.queries import as_queries
 from training import distributed
@@ -22,6 +23,7 @@ from utils.plots import draw_curves, draw_generated, draw_matches, draw_similari
 
 NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.png
 NUM_GENERATED = 8  # in generated.png
+AT_ONCE = 1000  # pictures whose activations are in memory
 
 
 def validate(model, split, config, device, dtype):
@@ -122,22 +124,18 @@ def write_report(state, splits, start, device, dtype):
     """
     run_dir, model, history, validation = Path(state.config.run_dir), state.model, state.history, splits["val"]
     I_f, T_f = split_features(model, validation, device, dtype)
-    scores_of_cosines = score(model, I_f, T_f, validation.image_of_text, device)
-    model.hubness = learn_hubness(model, splits["train"], device, dtype)
     scores = score(model, I_f, T_f, validation.image_of_text, device)
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
     before = "before fine-tuning" + ("" if state.config.model else " (heads only)")
     summary = f"best epoch {best['epoch']}" if best["rsum"] > start.rsum else f"best {before}"
     print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(scores))
-    now = scores_of_cosines["rsum"]
-    if model.hubness:
-        print(f"rsum {now:.1f} by the cosines alone, without the correction of hubs")
     if start.rsum >= 0:
-        print(f"rsum {start.rsum:.1f} {before}, {now:.1f} now")
+        print(f"rsum {start.rsum:.1f} {before}, {scores['rsum']:.1f} now")
+    hubness = learn_hubness(model, splits["train"], device, dtype)
+    if hubness:
+        scores = correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir)
     if distributed.is_main_process():
-        if model.hubness:
-            model.hubness.save(run_dir)
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)
         learn_relevance(model, validation, I_f, T_f, device, run_dir)
@@ -153,9 +151,29 @@ def learn_hubness(model, train, device, dtype):
     if not isinstance(train, Split):
         return None
     chosen = np.linspace(0, train.num_real, min(BANK, train.num_real), endpoint=False).astype(int)
-    I_f, T_f = split_features(model, some_pairs(train, chosen), device, dtype)
+    parts = np.array_split(chosen, -(-len(chosen) // AT_ONCE))  # cached activations of all would take a gigabyte
+    I_f, T_f = map(torch.cat, zip(*(split_features(model, some_pairs(train, part), device, dtype) for part in parts)))
     I_e = project_and_normalize(model.image_projection, I_f, device)
     return Hubness(I_e, project_and_normalize(model.text_projection, T_f, device), model.logit_scale.exp().item())
+
+
+def correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir):
+    """Gives a model a `Hubness` and keeps it in run_dir if that raises validation recall. Returns the scores to report.
+
+    scores: of the cosines alone. validation: a Split, whose features are I_f and T_f.
+    """
+    model.hubness = hubness
+    corrected = score(model, I_f, T_f, validation.image_of_text, device)
+    better = corrected["rsum"] > scores["rsum"]
+    kept = "kept" if better else "not kept"
+    print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}")
+    if better:
+        print(recall_table(corrected))
+    else:
+        model.hubness = None
+    if better and distributed.is_main_process():
+        hubness.save(run_dir)
+    return corrected if better else scores
 
 
 def learn_relevance(model, split, I_f, T_f, device, run_dir):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import torch
 import torch.nn.functional as F
 
 import clip
+import evaluate
+import inference
 from embedding import image_features, open_model, pair_scores, picture_vectors, text_features, text_vectors, token_ids
+from encoders.hubness import Hubness
 from search.queries import embed_texts
 from search.searcher import Searcher
 from utils.errors import UserError
@@ -45,9 +49,12 @@ def scores(opened, pictures):
     return pair_scores(text_vectors(model, T_f, device), picture_vectors(model, I_f, device))
 
 
-def test_an_ensembles_scores_are_the_mean_of_its_models(run, other, pictures):
-    both = scores(open_model(f"{run},{other}", "cpu", "fp32"), pictures)
-    alone = [scores(open_model(name, "cpu", "fp32"), pictures) for name in (run, other)]
+@pytest.mark.parametrize("views", [1, 2])
+def test_an_ensembles_scores_are_the_mean_of_its_models(run, other, pictures, views):
+    """One of the two has hubness."""
+    Hubness(*F.normalize(torch.randn(2, 9, 256, generator=torch.Generator().manual_seed(0)), dim=2), 20.0).save(other)
+    both = scores(open_model(f"{run}, {other}", "cpu", "fp32", views), pictures)
+    alone = [scores(open_model(name, "cpu", "fp32", views), pictures) for name in (run, other)]
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
     torch.testing.assert_close(both, sum(alone) / 2, atol=1e-5, rtol=0)
 
@@ -57,7 +64,7 @@ def test_models_of_other_sizes_make_no_ensemble(run, tmp_path):
     settings = json.loads((larger / "config.json").read_text())
     settings["config"]["size"] = settings["encoders"]["image"]["size"] = 96
     (larger / "config.json").write_text(json.dumps(settings))
-    with pytest.raises(UserError, match=r"different input sizes \(80 and 96 px\); an ensemble needs the same"):
+    with pytest.raises(UserError, match=r"different input sizes \(80 and 96\); leave one out"):
         open_model(f"{run},{larger}", "cpu", "fp32")
 
 
@@ -91,12 +98,29 @@ def test_a_search_with_an_ensemble_starts_without_torch_and_answers_the_same(run
     assert not second.is_loaded
 
 
+def test_a_name_that_is_missing_between_commas_and_an_export_of_several_are_refused(run, other):
+    with pytest.raises(UserError, match="a name is missing between the commas"):
+        open_model(f"{run},", "cpu", "fp32")
+    with pytest.raises(UserError, match="--export: writes one run"):
+        inference.main(["--export", "onnx", "--run", f"{run},{other}"])
+
+
+def test_an_ensemble_is_scored_and_calibrated_and_then_has_a_floor(run, other, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
+    flags = ["--run", f"{run},{other}", "--views", "2"]
+    search = ["a red circle", *flags, "--cache-dir", str(tmp_path), "--output", str(tmp_path / "m.png")]
+    inference.main(search)
+    assert f"python evaluate.py calibrate --run {run},{other} --views 2 learns it" in capsys.readouterr().out
+    for task in (["retrieval"], ["calibrate", "--cache-dir", str(tmp_path)]):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *task, *flags])
+        evaluate.main()
+    said = capsys.readouterr().out
+    assert "val: 24 images, 120 captions" in said and "relevance floor: on 12 images" in said
+    inference.main(search)
+    assert "calibrate" not in capsys.readouterr().out
+
+
 def test_views_and_ensembles_have_galleries_of_their_own(run, other, tmp_path):
-    paths = {Searcher(name, "cpu", "fp32", tmp_path, views).gallery_path() for name in (run, f"{run},{other}") for views in (1, 2)}
+    names = run, f"{run},{other}"
+    paths = {Searcher(name, "cpu", "fp32", tmp_path, views).gallery_path() for name in names for views in (1, 2)}
     assert len(paths) == 4
-
-
-def test_normalised_again(run, pictures):
-    model, device, dtype = open_model(run, "cpu", "fp32", views=2)
-    I_v = picture_vectors(model, image_features(model, pictures, device, dtype, 2), device)
-    torch.testing.assert_close(I_v[:, :-1], F.normalize(I_v[:, :-1], dim=1))

@@ -1,6 +1,7 @@
 """The correction of hubs, against a table worked by hand and against loops."""
 
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,10 @@ import clip
 from config import HUBNESS_FILE
 from embedding import pair_scores, picture_vectors, text_vectors
 from encoders.hubness import SHARE, EnsembleHubness, Hubness, load_hubness
-from evaluation.retrieval import recall
+from search.files import find_pictures
+from search.gallery import open_gallery
+from search.queries import best_matches, embed_query
+from search.searcher import Searcher
 from utils.errors import UserError
 
 
@@ -20,12 +24,13 @@ def unit(*rows):
 
 
 def test_nearness_by_hand():
-    """Two bank texts, along x and along y; a picture along x has the cosines 1 and 0 with them, one between them 0.7071 twice."""
-    hubness = Hubness(unit((1, 0), (0, 1)), unit((1, 0), (0, 1)), 2.0)
-    usual = math.log((math.exp(2) + 1) / 2) / 2  # of each bank picture
-    assert hubness.levels[0].item() == pytest.approx(usual, abs=1e-6)
-    found = hubness.of_pictures(unit((1, 0), (1, 1)))
-    assert found.tolist() == pytest.approx([0, SHARE * (math.sqrt(0.5) - usual)], abs=1e-6)
+    """Three bank texts along x, y and z. Without the nearest, a picture along x has the cosines 0 and 0 with the others."""
+    axes = torch.eye(3)
+    hubness = Hubness(axes, axes, 2.0)
+    assert hubness.levels == pytest.approx([math.log(2 / 3) / 2] * 2, abs=1e-6)
+    found = hubness.of_pictures(unit((1, 0, 0), (1, 1, 0)))  # the second has the cosines 0.7071 (left out), 0.7071 and 0
+    nearness = math.log((math.exp(2 * math.sqrt(0.5)) + 1) / 3) / 2
+    assert found.tolist() == pytest.approx([0, SHARE * (nearness - math.log(2 / 3) / 2)], abs=1e-6)
 
 
 def test_pictures_are_compared_with_texts_and_texts_with_pictures():
@@ -34,7 +39,8 @@ def test_pictures_are_compared_with_texts_and_texts_with_pictures():
     hubness = Hubness(pictures, texts, 10.0)
 
     def nearness(x, bank):
-        return math.log(sum(math.exp(10 * float(x @ b)) for b in bank) / len(bank)) / 10
+        others = sorted(math.exp(10 * float(x @ b)) for b in bank)[:-1]
+        return math.log(sum(others) / len(bank)) / 10
 
     for found, own, other in ((hubness.of_pictures(asked), pictures, texts), (hubness.of_texts(asked), texts, pictures)):
         level = sum(nearness(x, other) for x in own) / len(own)
@@ -52,39 +58,58 @@ def test_a_picture_that_is_near_to_all_texts_no_longer_wins():
     assert corrected.argmax(dim=1).tolist() == [0, 1, 2]
 
 
-def test_a_run_keeps_its_banks_and_its_scores_are_corrected(run, tmp_path):
-    model, _ = clip.load(run, "cpu")
-    assert len(model.hubness.pictures) == len(model.hubness.texts) == 96  # as many as training pictures
+@pytest.fixture
+def corrected(run, tmp_path):
+    """A run with random banks."""
+    generator = torch.Generator().manual_seed(0)
+    folder = shutil.copytree(run, tmp_path / "corrected")
+    Hubness(*F.normalize(torch.randn(2, 9, 256, generator=generator), dim=2), 20.0).save(folder)
+    return folder
+
+
+def test_a_run_keeps_its_banks_and_its_scores_are_corrected(corrected, tmp_path):
+    model, _ = clip.load(corrected, "cpu")
     I_f, T_f = torch.randn(6, model.image_encoder.width), torch.randn(6, model.text_encoder.width)
     I_v, T_v = picture_vectors(model, I_f, "cpu"), text_vectors(model, T_f, "cpu")
     for vectors, found in ((I_v, model.hubness.of_pictures(I_v[:, :-1])), (T_v, model.hubness.of_texts(T_v[:, :-1]))):
+        assert found.abs().max() > 1e-3
         torch.testing.assert_close(vectors[:, -1], -found)
     scores = pair_scores(T_v, I_v)
     expected = T_v[2, :-1] @ I_v[3, :-1] - model.hubness.of_texts(T_v[2:3, :-1]) - model.hubness.of_pictures(I_v[3:4, :-1])
     assert scores[2, 3].item() == pytest.approx(expected.item(), abs=1e-6)
-    assert recall(scores.numpy(), np.arange(6))["rsum"] >= 0
-    model.hubness.save(tmp_path)
-    kept = load_hubness(tmp_path)
-    torch.testing.assert_close(kept.of_pictures(I_v[:, :-1]), model.hubness.of_pictures(I_v[:, :-1]), atol=1e-4, rtol=0)
 
 
-def test_new_weights_drop_the_banks_of_the_old_ones(run, tmp_path):
-    model, _ = clip.load(run, "cpu")
-    model.hubness.save(tmp_path)
-    clip.save_weights(model, tmp_path)
-    assert load_hubness(tmp_path) is None
+def test_a_search_ranks_by_corrected_scores(corrected, sample, tmp_path):
+    searcher = Searcher(corrected, "cpu", "fp32", tmp_path / "cache")
+    gallery = open_gallery(searcher, find_pictures(sample / "Images"), sample / "Images")
+    found = dict(best_matches(gallery, embed_query(searcher, ["a red circle"]), gallery.paths, 5))
+    model, T_e = searcher.model, torch.from_numpy(searcher.embed_texts(["a red circle"]))
+    vectors = torch.from_numpy(gallery.vectors[gallery.rows].astype(np.float32))
+    hubness = model.hubness.of_pictures(F.normalize(vectors[:, :-1], dim=1))
+    assert hubness.std() > 1e-3
+    expected = dict(zip(gallery.paths, (vectors[:, :-1] @ T_e[0] - hubness).tolist()))
+    assert found == pytest.approx({path: expected[path] for path in found}, abs=2e-3)
+    assert list(found.values()) == pytest.approx(sorted(expected.values(), reverse=True)[:5], abs=2e-3)
+
+
+def test_new_weights_drop_the_banks_of_the_old_ones(corrected, tmp_path):
+    model, _ = clip.load(corrected, "cpu")
     model.save_pretrained(tmp_path / "copy")
-    assert load_hubness(tmp_path / "copy") is not None
+    model.save_pretrained(corrected)
+    assert load_hubness(tmp_path / "copy").key == load_hubness(corrected).key
+    model.hubness = None
+    clip.save_weights(model, corrected)
+    assert load_hubness(corrected) is None
 
 
 def test_damaged_banks_are_named(tmp_path):
     (tmp_path / HUBNESS_FILE).write_bytes(b"no safetensors")
-    with pytest.raises(UserError, match=r"hubness.safetensors: damaged .* delete it"):
+    with pytest.raises(UserError, match=r"hubness.safetensors: damaged .* write it again"):
         load_hubness(tmp_path)
 
 
 def test_an_ensembles_hubness_is_the_mean_of_its_models():
-    first, second = (Hubness(F.normalize(torch.randn(8, d), dim=1), F.normalize(torch.randn(8, d), dim=1), 5.0) for d in (3, 4))
+    first, second = (Hubness(*F.normalize(torch.randn(2, 8, d), dim=2), 5.0) for d in (3, 4))
     a, b = F.normalize(torch.randn(5, 3), dim=1), F.normalize(torch.randn(5, 4), dim=1)
     both = EnsembleHubness([first, second], [3, 4])
     side_by_side = torch.cat([a, b], dim=1) / 2**0.5
