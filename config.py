@@ -250,7 +250,7 @@ FAST = replace(
     captions_per_image=5,
 )
 BEST = replace(
-    LINEAR,
+    FAST,
     run_dir="runs/best",
     freeze="none",
     image_unfreeze_from="blocks.5",
@@ -447,7 +447,7 @@ def heads_config(config, num_images):
     config = replace(config, resume=config.resume if (run_dir / "config.json").exists() else "no", run_dir=str(run_dir))
     config = replace(config, freeze="both", image_unfreeze_from="", gan="none", extra_data="", cached_crops=1, hflip=False)
     config = replace(config, keep_folder="", keep_data="", report_to=())
-    config = replace(config, captions_per_image=1, micro_batch_size=0, epochs=0, steps=0, batch_size=0, head_lr=0)
+    config = replace(config, micro_batch_size=0, epochs=0, steps=0, batch_size=0, head_lr=0)
     config = resolve_defaults(config)
     return replace(config, batch_size=min(config.batch_size, num_images))
 

@@ -61,7 +61,7 @@ def retrieval(
     print(f"{split}: {len(paths):,} images, {len(captions):,} captions; {chance}")
     print(recall_table(scores))
     if opened[0].hubness:
-        print(f"rsum {scores['rsum_of_cosines']:.1f} by the cosines alone, without the correction of hubs")
+        print(f"rsum {scores['rsum_of_cosines']:.1f} by the cosines alone, without the hubness correction")
     if json_path:
         write_json(json_path, scores)
 
