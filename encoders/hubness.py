@@ -4,7 +4,9 @@ The loss cannot prevent it, as it compares pairs of the training data only. So a
 bank of texts, captions of training pictures, as the inverted softmax does (Smith et al. 2017, arXiv:1702.03859) and query banks
 do (Bogolin et al. 2022, arXiv:2112.12777). With cosines c and the model's scale s:
 
-    score(text, picture) = c(text, picture) - SHARE * log(mean over the bank of exp(s c(bank text, picture))) / s
+    nearness(picture) = log(mean over the bank of exp(s c(bank text, picture))) / s      without the nearest text
+    hubness(picture) = nearness(picture) - mean nearness of the bank's pictures
+    score(text, picture) = c(text, picture) - SHARE * hubness(picture)
 
 For SHARE = 1 this ranks pictures by the probability of the text given the picture; the plain cosine ranks them by that of the
 picture given the text. Texts, for which there is a bank of pictures, are corrected in the same way.

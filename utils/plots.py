@@ -79,7 +79,7 @@ def draw_similarity(pictures, captions, similarity, path):
                 axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3))
     axes.set_yticks(range(n), [textwrap.fill(tidy(caption), 44) for caption in captions], fontsize=8)
     axes.set_xticks([])
-    axes.set_xlabel("pictures; outlined: the caption's own picture; the number: cosine similarity", labelpad=8)
+    axes.set_xlabel("pictures; outlined: the caption's own picture; the number: score", labelpad=8)
     axes.set_ylabel("captions")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)
@@ -246,7 +246,7 @@ def draw_matches(searches, path):
     figure = plt.figure(figsize=(1.9 * columns, 2.35 * len(searches) + 0.3), layout="constrained")
     heights = [*[2.35] * len(searches), 0.3]
     *rows, legend = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False).flat
-    text = "number: cosine similarity of caption and picture; green: the picture that the caption was written for"
+    text = "number: score of caption and picture; green: the picture that the caption was written for"
     legend.text(0.01, 0.5, text, fontsize=9, color=GREEN, va="center")
     for subfigure, (query, pictures, titles, correct) in zip(rows, searches):
         subfigure.suptitle(tidy(query), fontsize=10, x=0.01, ha="left")
