@@ -142,7 +142,7 @@ def project_and_normalize(head, features, device):
 
 
 def picture_vectors(model, I_f, device):
-    """Image features, (n, d_i) -> (n, d_e + 1): L2-normalised embeddings and, as a last number, minus a share of their hubness."""
+    """Image features, (n, d_i) -> (n, d_e + 1): L2-normalised embeddings, and minus a share of their hubness."""
     I_e = project_and_normalize(model.image_projection, I_f, device)
     hubness = model.hubness.of_pictures(I_e) if model.hubness else torch.zeros(len(I_e))
     return torch.cat([I_e, -hubness[:, None]], dim=1)

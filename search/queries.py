@@ -2,8 +2,8 @@
 
 What is searched has a vector, (d_e + 1,): its L2-normalised embedding and, as a last number, minus a share of its hubness
 (`encoders.hubness`). So has a query, but its last number is 1 if a text looks for pictures or a picture for texts. The product
-of both is the score: the cosine minus that share. A picture that looks for pictures has 0 there: the score is the cosine. Of a sum
-of texts the last number is the sum of the weights, divided as the embedding is: 0 for one text minus another.
+of both is the score: the cosine minus that share. A picture that looks for pictures has 0 there: the score is the cosine. In a
+sum of texts the last number is the sum of the weights, divided as the embedding is: 0 for one text minus another.
 """
 
 from dataclasses import dataclass
