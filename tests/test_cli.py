@@ -58,7 +58,7 @@ def test_every_setting_has_a_text():
 
 
 def test_flags_that_are_on_can_be_turned_off():
-    flags = ["--no-heads-first", "--no-hflip", "--no-fast-convolutions", "--no-skip-bad"]
+    flags = ["--no-heads-first", "--no-hflip", "--no-fast-convolutions", "--no-skip-bad", "--head-init", "random"]
     config, _ = parse_config(["best", *flags], "shapes")
     assert not (config.heads_first or config.hflip or config.fast_convolutions or config.skip_bad)
     assert parse_config(["shapes", "--hflip", "--no-download"], "shapes")[0].hflip

@@ -73,7 +73,7 @@ def test_a_batch_that_the_data_cannot_fill_is_refused_as_in_a_run(sample, tmp_pa
 def test_heads_first_is_planned_as_a_stage_of_its_own():
     best = parse_config(["best"], "shapes")[0]
     assert describe_steps(best, 6000) == (
-        "heads first: 60 epochs of 6 steps of 1000 images; then 12 epochs of 23 steps of 256 images"
+        "heads first: 30 epochs of 6 steps of 1000 images; then 12 epochs of 23 steps of 256 images"
     )
 
 
