@@ -56,11 +56,13 @@ def retrieval(
     opened = open_model(run, device, precision, views)
     I_v, T_v, image_of_text, captions, paths = embed_pairs(opened, rows, skip_bad, num_workers)
     scores = {"images": len(paths), "captions": len(captions)} | recall(pair_scores(T_v, I_v), image_of_text)
-    scores["rsum_of_cosines"] = recall(T_v[:, :-1] @ I_v[:, :-1].T, image_of_text)["rsum"]
+    corrected = opened[0].hubness is not None
+    cosine_scores = recall(T_v[:, :-1] @ I_v[:, :-1].T, image_of_text) if corrected else scores
+    scores["rsum_of_cosines"] = cosine_scores["rsum"]
     chance = f"chance of R@1 from text to image {100 / len(paths):.2f}%"
     print(f"{split}: {len(paths):,} images, {len(captions):,} captions; {chance}")
     print(recall_table(scores))
-    if opened[0].hubness:
+    if corrected:
         print(f"rsum {scores['rsum_of_cosines']:.1f} by the cosines alone, without the hubness correction")
     if json_path:
         write_json(json_path, scores)

@@ -300,8 +300,7 @@ def write_map(searcher, options):
 
     gallery = find_gallery(searcher, options)
     captions, caption_embeddings = embed_captions(searcher)
-    vectors = gallery.vectors[gallery.rows][:, :-1]
-    make_map(vectors, list(gallery.paths), captions, caption_embeddings[:, :-1], options.map, options.num_workers)
+    make_map(gallery.embeddings(), list(gallery.paths), captions, caption_embeddings[:, :-1], options.map, options.num_workers)
     print(f"written {options.map} and {Path(options.map).with_suffix('.png')}")
 
 

@@ -126,7 +126,7 @@ def read_run(run, cache_dir):
     gallery = open_gallery(searcher, files, "", 4, exact=True)
     captions, vectors = embed_captions(searcher)
     embeddings = vectors[:, :-1]
-    place, found = dict(zip(captions, embeddings)), dict(zip(gallery.paths, gallery.vectors[gallery.rows][:, :-1]))
+    place, found = dict(zip(captions, embeddings)), dict(zip(gallery.paths, gallery.embeddings()))
     own = table.groupby("image")["caption"].apply(lambda texts: np.mean([place[text] for text in texts], axis=0))
     chosen = [(name, path) for name, path in zip(names, paths) if path in found]
     vectors = np.stack([found[path] for _, path in chosen]).astype(np.float32)

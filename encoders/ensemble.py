@@ -7,38 +7,24 @@ from torch import nn
 from utils.errors import UserError
 
 
-class EnsembleImageEncoder(nn.Module):
-    """The image encoders and heads of k models as one encoder: (n, 3, h, w) pixels -> (n, d) embeddings side by side.
+class EnsembleEncoder(nn.Module):
+    """The encoders of k models, for pictures or for texts, and their heads as one encoder: inputs -> (n, d) side by side.
 
-    d is the sum of the models' d_e. Attributes: as of a `modules.ImageEncoder`, as far as they are needed to embed pictures.
+    d is the sum of the models' d_e. Attributes: width, d; of image encoders also size and resize, as of the first.
     """
 
-    def __init__(self, models):
+    def __init__(self, encoders, heads):
         super().__init__()
-        self.encoders = nn.ModuleList(model.image_encoder for model in models)
-        self.heads = nn.ModuleList(model.image_projection for model in models)
-        self.width = sum(head.out_features for head in self.heads)
-        self.size, self.resize = models[0].image_encoder.size, models[0].image_encoder.resize
+        self.encoders, self.heads = nn.ModuleList(encoders), nn.ModuleList(heads)
+        self.width = sum(head.out_features for head in heads)
+        self.size, self.resize = (getattr(encoders[0], name, None) for name in ("size", "resize"))
 
-    def forward(self, image):
-        return project_all([encoder(image) for encoder in self.encoders], self.heads)
+    def forward(self, *inputs):
+        return project_all([encoder(*inputs) for encoder in self.encoders], self.heads)
 
-
-class EnsembleTextEncoder(nn.Module):
-    """The text encoders and heads of k models as one encoder: (n, l) token ids and mask -> (n, d) embeddings side by side."""
-
-    def __init__(self, models):
-        super().__init__()
-        self.encoders = nn.ModuleList(model.text_encoder for model in models)
-        self.heads = nn.ModuleList(model.text_projection for model in models)
-        self.width = sum(head.out_features for head in self.heads)
-
-    def forward(self, input_ids, attention_mask):
-        return project_all([encoder(input_ids, attention_mask) for encoder in self.encoders], self.heads)
-
-    def pooled(self, input_ids, attention_mask):
-        """As `forward`, without grouping captions by length."""
-        return project_all([encoder.pooled(input_ids, attention_mask) for encoder in self.encoders], self.heads)
+    def pooled(self, *inputs):
+        """As `forward` of text encoders, without grouping captions by length."""
+        return project_all([encoder.pooled(*inputs) for encoder in self.encoders], self.heads)
 
 
 class SideBySide(nn.Module):

@@ -20,14 +20,14 @@ MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
 NUM_BINS = 10  # of the reliability diagram and the calibration error
 
 
-def label_pairs(T_e, image_of_text, num_images):
+def label_pairs(T_q, image_of_text, num_images):
     """(right, wrong): two (m, n) masks. A pair is right where the caption was written for the image.
 
     It is neither where the image has a caption that is at least as similar to this text as two captions of one image usually
-    are: such a picture shows what the text says. T_e: (m, d_e + 1) queries. image_of_text: (m,).
+    are: such a picture shows what the text says. T_q: (m, d_e + 1) queries. image_of_text: (m,).
     """
     right = image_of_text[:, None] == np.arange(num_images)
-    similarity, similarities_within_image = T_e @ T_e.T, []
+    similarity, similarities_within_image = T_q @ T_q.T, []
     nearest_caption = np.empty(right.shape, dtype=np.float32)
     for image in range(num_images):
         captions = np.flatnonzero(image_of_text == image)
@@ -37,20 +37,20 @@ def label_pairs(T_e, image_of_text, num_images):
     return right, ~right & (nearest_caption < usual)
 
 
-def fit_relevance(I_e, T_e, image_of_text):
+def fit_relevance(I_v, T_q, image_of_text):
     """The `Relevance` of n images and m captions: vectors, (n, d_e + 1), and queries, (m, d_e + 1), as in `search.queries`.
 
     image_of_text: (m,) the index of each caption's image. The images become the references.
     """
     from sklearn.isotonic import IsotonicRegression  # only here: this import takes a second
 
-    cosines = T_e @ I_e.T  # (m, n)
-    right, wrong = label_pairs(T_e, image_of_text, len(I_e))
+    cosines = T_q @ I_v.T  # (m, n)
+    right, wrong = label_pairs(T_q, image_of_text, len(I_v))
     if wrong.sum() < MIN_WRONG:  # nearly all captions are alike
         wrong = ~right
     mean, spread = reference_statistics(cosines)
     # Searched pictures are not among the references, so a caption's own image does not count in its mean.
-    mean = (len(I_e) * mean - cosines[np.arange(len(cosines)), image_of_text]) / (len(I_e) - 1)
+    mean = (len(I_v) * mean - cosines[np.arange(len(cosines)), image_of_text]) / (len(I_v) - 1)
     weights = fit_weights(cosines, mean, spread, right, wrong)
     scores = weights[0] * cosines + (weights[1] * mean + weights[2] * spread)[:, None]
     shares = [share for share in SHARES if share * wrong.sum() >= 1]
@@ -58,7 +58,7 @@ def fit_relevance(I_e, T_e, image_of_text):
     pairs = (right | wrong) & (scores >= scores[right].min())  # below, the probability is 0
     isotonic = IsotonicRegression(y_min=0, y_max=1).fit(scores[pairs], right[pairs])  # Zadrozny and Elkan 2002
     return Relevance(
-        references=I_e,
+        references=I_v,
         weights=plain(weights),
         shares=plain(shares),
         floors=plain(floors),
@@ -93,15 +93,15 @@ def evenly(values, count):
     return values[:: max(1, -(-len(values) // count))]
 
 
-def measure_relevance(relevance, I_e, T_e, image_of_text):
+def measure_relevance(relevance, I_v, T_q, image_of_text):
     """How a `Relevance` does on pairs that it was not learned from; the arguments are those of `fit_relevance`.
 
     Returns {"images", "captions", "wrong_above_floor", "right_above_floor", "calibration_error", "bins"}. The two in the middle
     are percentages of the wrong and of the right pairs. calibration_error is the expected one (Guo et al. 2017), in points, of
     the pairs above the floor; bins are [mean probability, share of right pairs, number of pairs] of these.
     """
-    right, wrong = label_pairs(T_e, image_of_text, len(I_e))
-    scores = np.stack([relevance.corrected_scores(cosines, text) for cosines, text in zip(T_e @ I_e.T, T_e)])
+    right, wrong = label_pairs(T_q, image_of_text, len(I_v))
+    scores = np.stack([relevance.corrected_scores(cosines, text) for cosines, text in zip(T_q @ I_v.T, T_q)])
     above = scores >= relevance.floor(WRONG_SHARE)
     shown = above & (right | wrong)
     probabilities, correct = relevance.probability(scores[shown]), right[shown]
@@ -112,8 +112,8 @@ def measure_relevance(relevance, I_e, T_e, image_of_text):
     ]
     error = sum(count * abs(expected - found) for expected, found, count in bins) / max(1, len(correct))
     return {
-        "images": len(I_e),
-        "captions": len(T_e),
+        "images": len(I_v),
+        "captions": len(T_q),
         "wrong_above_floor": 100 * float(above[wrong].mean()) if wrong.any() else 0.0,
         "right_above_floor": 100 * float(above[right].mean()),
         "calibration_error": 100 * error,
@@ -121,7 +121,7 @@ def measure_relevance(relevance, I_e, T_e, image_of_text):
     }
 
 
-def write_relevance(folder, I_e, T_e, image_of_text, seed=0):
+def write_relevance(folder, I_v, T_q, image_of_text, seed=0):
     """Learns a `Relevance` and writes it into a folder with relevance.png. Arguments: as for `fit_relevance`.
 
     Returns what `measure_relevance` finds on one half of the images after learning from the other half; what is written is
@@ -129,15 +129,15 @@ def write_relevance(folder, I_e, T_e, image_of_text, seed=0):
     """
     from utils.plots import draw_relevance
 
-    if len(I_e) < MIN_IMAGES:
-        raise UserError(f"{len(I_e)} images with captions: a relevance floor needs {MIN_IMAGES} or more")
-    order = np.random.default_rng(seed).permutation(len(I_e))[:MAX_IMAGES]
+    if len(I_v) < MIN_IMAGES:
+        raise UserError(f"{len(I_v)} images with captions: a relevance floor needs {MIN_IMAGES} or more")
+    order = np.random.default_rng(seed).permutation(len(I_v))[:MAX_IMAGES]
 
     def part(images):
-        place = np.full(len(I_e), -1)
+        place = np.full(len(I_v), -1)
         place[images] = np.arange(len(images))
         rows = place[image_of_text] >= 0
-        return I_e[images], T_e[rows], place[image_of_text[rows]]
+        return I_v[images], T_q[rows], place[image_of_text[rows]]
 
     half = len(order) // 2
     unseen = measure_relevance(fit_relevance(*part(order[:half])), *part(order[half:]))

@@ -127,6 +127,10 @@ class Gallery:
         place = np.searchsorted(self.rows, row, sorter=self.order)
         return int(self.order[place]) if place < len(self.rows) and self.rows[self.order[place]] == row else None
 
+    def embeddings(self):
+        """The embeddings of the N pictures, (N, d_e) float16, L2-normalised."""
+        return self.vectors[self.rows][:, :-1]
+
     def embedding_of(self, position):
         """The query of one of the N pictures to pictures, (d_e + 1,) float32."""
         return np.append(self.vectors[self.rows[position]][:-1], 0).astype(np.float32)

@@ -32,11 +32,11 @@ class Relevance:
     scores: list  # corrected scores, rising, and
     probabilities: list  # the share of pairs with such a score that were right
 
-    def corrected_scores(self, cosines, embedding):
+    def corrected_scores(self, scores, embedding):
         """Scores of a text, whose query is (d_e + 1,), with pictures -> scores that compare between texts."""
         cosine_weight, mean_weight, spread_weight = self.weights
         mean, spread = reference_statistics(self.references @ embedding[: self.references.shape[1]])
-        return cosine_weight * np.asarray(cosines) + mean_weight * mean + spread_weight * spread
+        return cosine_weight * np.asarray(scores) + mean_weight * mean + spread_weight * spread
 
     def floor(self, wrong_share):
         """The score that this share of wrong pictures exceeds; 0: no floor."""

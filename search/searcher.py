@@ -43,9 +43,10 @@ class Searcher:
 
     def __init__(self, run, device="auto", precision="auto", cache_dir=".cache", views=1):
         self.run, self.device, self.precision, self.cache_dir = str(run), str(device), precision, Path(cache_dir)
-        self.views, self.folders = views, [Path(name) for name in run_names(run)]
+        names = run_names(run)
+        self.views, self.folders = views, [Path(name) for name in names]
         self.lock, self.loaded = threading.Lock(), None
-        self.is_folder = not any(is_model_name(name) for name in run_names(run)) and all(map(Path.is_dir, self.folders))
+        self.is_folder = not any(map(is_model_name, names)) and all(map(Path.is_dir, self.folders))
 
     @property
     def opened(self):

@@ -229,7 +229,7 @@ class Page:
             from search.map import map_pictures, page
 
             paths, (captions, vectors) = list(gallery.paths), self.live.captions
-            pictures = map_pictures(gallery.vectors[gallery.rows][:, :-1], paths, captions, vectors[:, :-1], 1)
+            pictures = map_pictures(gallery.embeddings(), paths, captions, vectors[:, :-1], 1)
             key = {path: gallery.key_of(position) for position, path in enumerate(paths)}
             return page(pictures, lambda path: f"/picture/{key[path]}?large")
 
