@@ -4,7 +4,7 @@ On a CPU a convolutional encoder is limited by memory bandwidth: a pass over all
 Three such passes are avoided. A BatchNorm with frozen statistics is a scale and a shift per channel, so it is folded into the
 convolution's weights. TensorFlow's padding becomes part of the kernel. Without gradients, oneDNN fuses the activation function
 with the convolution. Besides, in bf16 oneDNN's gradient of a strided depthwise convolution is up to a hundred times slower than
-in fp32, so it is computed in fp32.
+in fp32, so it is computed in fp32; and its gradient of the bias takes longer than that of the input, so torch sums it.
 """
 
 from functools import partial
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding, pad_same
 from torch import nn
 
+PART = 64  # images whose gradient is computed at once, as their copies in fp32 take much memory
 FUSED = {nn.ReLU: ("relu", []), nn.ReLU6: ("hardtanh", [0.0, 6.0]), nn.SiLU: ("swish", [])}  # oneDNN's names and arguments
 
 
@@ -30,11 +31,16 @@ class DepthwiseConvolution(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         x, weight = ctx.saved_tensors
-        output_mask = [*ctx.needs_input_grad[:2], ctx.has_bias and ctx.needs_input_grad[2]]
-        gradients = torch.ops.aten.convolution_backward(
-            gradient.float(), x.float(), weight.float(), [len(weight)], *ctx.arguments, False, [0, 0], len(weight), output_mask
-        )
-        return *(None if g is None else g.to(x.dtype) for g in gradients), None, None, None
+        mask, parts = [*ctx.needs_input_grad[:2], False], []
+        for g, part in zip(gradient.split(PART), x.split(PART)):
+            arguments = g.float(), part.float(), weight.float(), None, *ctx.arguments, False, [0, 0], len(weight), mask
+            of_part, of_weight, _ = torch.ops.aten.convolution_backward(*arguments)
+            parts.append((of_part if of_part is None else of_part.to(x.dtype), of_weight))
+        of_parts, of_weights = zip(*parts)
+        of_x = torch.cat(of_parts) if mask[0] else None
+        of_weight = sum(of_weights).to(x.dtype) if mask[1] else None
+        of_bias = gradient.sum(dim=(0, 2, 3)) if ctx.has_bias and ctx.needs_input_grad[2] else None
+        return of_x, of_weight, of_bias, None, None, None
 
 
 def same_padding(conv, weight, shape):

@@ -7,6 +7,7 @@ import timm
 import torch
 from timm.layers import Conv2dSame
 
+from encoders import convolution
 from encoders.convolution import DepthwiseConvolution, speed_up
 
 ENCODERS = ["test_resnet", "test_efficientnet", "resnetv2_50", "mobilenetv3_small_050", "tf_efficientnet_lite0", "repvgg_a0"]
@@ -100,9 +101,10 @@ def test_batchnorm_passes_are_gone_where_statistics_stand_still(monkeypatch):
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_depthwise_gradient_is_that_of_a_convolution(stride):
+def test_a_depthwise_gradient_is_that_of_a_convolution(stride, monkeypatch):
+    monkeypatch.setattr(convolution, "PART", 2)  # two parts, of two images and of one
     torch.manual_seed(0)
-    x = torch.randn(2, 8, 9, 9, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(3, 8, 9, 9, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(8, 1, 5, 5, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
     arguments = ((stride, stride), (2, 2), (1, 1))
