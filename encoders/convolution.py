@@ -43,6 +43,21 @@ class DepthwiseConvolution(torch.autograd.Function):
         return of_x, of_weight, of_bias, None, None, None
 
 
+class ReLU6InPlace(torch.autograd.Function):
+    """nn.ReLU6(inplace=True), whose gradient needs only its output. torch keeps a copy of its input for that."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.mark_dirty(x)
+        ctx.save_for_backward(F.relu6(x, inplace=True))
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (output,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(gradient, output, 0.0, 6.0)
+
+
 def same_padding(conv, weight, shape):
     """(weight, padding) with which a `Conv2dSame` needs no separate padding of its input. shape: (height, width) of the input.
 
@@ -104,6 +119,8 @@ def activate(activation, x):
     are larger than the processor's cache.
     """
     activation.inplace = torch.is_grad_enabled()
+    if activation.inplace and type(activation) is nn.ReLU6 and not torch.compiler.is_compiling():
+        return ReLU6InPlace.apply(x)
     return type(activation).forward(activation, x)
 
 

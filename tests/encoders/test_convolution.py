@@ -8,7 +8,7 @@ import torch
 from timm.layers import Conv2dSame
 
 from encoders import convolution
-from encoders.convolution import DepthwiseConvolution, speed_up
+from encoders.convolution import DepthwiseConvolution, ReLU6InPlace, speed_up
 
 ENCODERS = ["test_resnet", "test_efficientnet", "resnetv2_50", "mobilenetv3_small_050", "tf_efficientnet_lite0", "repvgg_a0"]
 
@@ -115,6 +115,16 @@ def test_a_depthwise_gradient_is_that_of_a_convolution(stride, monkeypatch):
     found = torch.autograd.grad(DepthwiseConvolution.apply(x, weight, bias, *arguments), (x, weight, bias), upstream)
     for gradient, reference in zip(found, expected):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-4)
+
+
+def test_relu6_in_place_keeps_its_output_only():
+    x, kept = torch.tensor([-1.0, 0, 3, 6, 7], requires_grad=True), []
+    hidden = x * 1
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        output = ReLU6InPlace.apply(hidden)
+    assert output.tolist() == [0, 0, 3, 6, 6]
+    assert {tensor.data_ptr() for tensor in kept} == {output.data_ptr()} == {hidden.data_ptr()}
+    assert torch.autograd.grad(output.sum(), x)[0].tolist() == [0, 0, 1, 0, 0]
 
 
 def test_in_bf16_the_gradient_is_as_near_to_fp32s_as_the_encoders_own():
