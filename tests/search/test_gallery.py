@@ -217,7 +217,7 @@ def test_after_a_damaged_file_a_large_gallery_still_finds_each_picture_by_itself
         assert len(found.paths) == 268 and found.compressed is not None
         for position, embedding in enumerate(embeddings(found)):
             scores, best = index.top_k(found, embedding.numpy(), 1)
-            assert best.tolist() == [position] and scores[0] == pytest.approx(1, abs=1e-3)
+            assert best.tolist() == [position] and scores[0] == pytest.approx(1, abs=5e-3)
 
 
 @pytest.mark.parametrize("harm", ["truncated", "missing", "another"])

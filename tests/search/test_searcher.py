@@ -88,5 +88,6 @@ def test_words_and_a_picture_count_the_same(run, sample, tmp_path):
     gallery = inference.find_gallery(searcher, options)
     vectors = gallery.vectors[gallery.rows].astype(np.float32)
     both = vectors @ text / (vectors @ text).std() + vectors @ like / (vectors @ like).std()
-    expected = [gallery.paths[i] for i in np.argsort(-both)]
-    assert [match["filename"] for match in found["matches"]][:20] == expected[:20]
+    score_of = dict(zip(gallery.paths, both))
+    scores = [score_of[match["filename"]] for match in found["matches"]]
+    assert scores[:20] == pytest.approx(np.sort(both)[::-1][:20], abs=0.05)  # near ties may swap: vectors are in fp16
