@@ -88,7 +88,7 @@ def test_a_run_from_cca_with_a_hidden_layer_is_saved_and_loaded(small_flags, tmp
 def test_the_defaults_are_those_that_suit_the_start():
     epochs_and_rates = {}
     for name, flags in {"random": ["--head-init", "random"], "cca": []}.items():
-        config = parse_config(["fast", *flags], "shapes")[0]
+        config = parse_config(["fast", "--epochs", "0", *flags], "shapes")[0]
         epochs_and_rates[name] = config.epochs, config.head_lr
     assert epochs_and_rates == {"random": (60, 5e-3), "cca": (30, 2e-3)}
 
