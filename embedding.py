@@ -10,7 +10,7 @@ from tqdm import tqdm
 import clip
 from config import run_names
 from dataset import pad
-from encoders.ensemble import EnsembleEncoder, SideBySide, require_same_inputs
+from encoders.ensemble import EnsembleEncoder, EnsembleHead, require_same_inputs
 from encoders.hubness import EnsembleHubness
 from encoders.stages import run_from_stage
 from utils.device import autocast, pick_device, pick_dtype, speed_up_cpu
@@ -40,10 +40,10 @@ def open_model(run, device, precision, views=1):
 def ensemble(models):
     """The CLIPModel of several, which take the same inputs: its scores are the mean of theirs."""
     widths = [part.image_projection.out_features for part in models]
-    images = EnsembleEncoder([part.image_encoder for part in models], [part.image_projection for part in models])
-    texts = EnsembleEncoder([part.text_encoder for part in models], [part.text_projection for part in models])
-    model = clip.CLIPModel(images, texts, models[0].tokenizer, sum(widths), layers=0)
-    model.image_projection, model.text_projection = SideBySide(widths), SideBySide(widths)
+    images, texts = (EnsembleEncoder([getattr(part, name) for part in models]) for name in ("image_encoder", "text_encoder"))
+    model = clip.CLIPModel(images, texts, models[0].tokenizer, sum(widths))
+    model.image_projection = EnsembleHead([part.image_projection for part in models], images.widths)
+    model.text_projection = EnsembleHead([part.text_projection for part in models], texts.widths)
     model.logit_scale.data = torch.stack([part.logit_scale.data for part in models]).mean()
     model.open_clip = next((part.open_clip for part in models if part.open_clip), None)
     if any(part.hubness for part in models):

@@ -118,7 +118,7 @@ def train_epochs(state, loader, validation, start, trackers, device, dtype):
             if state.joint:
                 draw_generated_pictures(state, validation, device, dtype)
             state.save_epoch(best)
-            print_epoch(state.history[-1], epochs, best)
+            print_epoch(state.history[-1], scores, epochs, best)
             trackers.log(state.history[-1], config)
 
 

@@ -2,8 +2,8 @@
 
     python benchmarks/search_options.py --run RUN [RUN ...] --data-dir DIR
 
-The first run alone, with one, two and four views; then all runs as an ensemble. A query is a caption that is embedded and
-compared with all validation pictures, in a process that has the model loaded.
+The first run alone, with one, two and four views; then all runs as an ensemble, with one and four. A query is a caption that is
+embedded and compared with all validation pictures, in a process that has the model loaded.
 """
 
 import statistics
@@ -15,8 +15,9 @@ from measure import report
 from captions import image_positions
 from config import run_cli
 from embedding import (
-    embed_texts,
+    IMAGE_BATCH,
     image_features,
+    images_for,
     open_model,
     pair_scores,
     picture_vectors,
@@ -27,9 +28,8 @@ from embedding import (
 from evaluation.retrieval import recall
 from evaluation.splits import select_rows
 from search.index import top_k
-from search.queries import as_queries
-from utils.errors import run_command
-from utils.images import read_images
+from search.queries import embed_texts
+from utils.errors import UserError, run_command
 
 NUM_QUERIES = 50
 
@@ -40,8 +40,12 @@ def row_of(name, run, views, rows, num_workers):
     names, image_of_text = image_positions(table)
     captions = list(table["caption"])
     model, device, dtype = open_model(run, "auto", "auto", views)
-    size, resize = model.image_encoder.size, model.image_encoder.resize
-    pictures = [picture for picture, _ in read_images([image_dir / name for name in names], size, num_workers, resize)]
+    pictures = []
+    for picture, problem in images_for(model, [image_dir / name for name in names], num_workers):
+        if problem:
+            raise UserError(problem)
+        pictures.append(picture)
+    image_features(model, pictures[:IMAGE_BATCH], device, dtype, IMAGE_BATCH)  # the first batch is slower
     started = time.perf_counter()
     I_f = image_features(model, pictures, device, dtype, len(pictures))
     embedding_ms = 1000 * (time.perf_counter() - started) / len(pictures)
@@ -52,7 +56,7 @@ def row_of(name, run, views, rows, num_workers):
     seconds = []
     for caption in captions[:: max(1, len(captions) // NUM_QUERIES)][:NUM_QUERIES]:
         started = time.perf_counter()
-        top_k(I_v, as_queries(embed_texts(model, [caption]).numpy())[0], 9)
+        top_k(I_v, embed_texts(model, [caption])[0], 9)
         seconds.append(time.perf_counter() - started)
     query_ms = 1000 * statistics.median(seconds)
     return [name, f"{plain:.1f}", f"{corrected:.1f}", f"{embedding_ms:.0f}", f"{query_ms:.1f}", f"{2 * I_v.shape[1]:,}"]

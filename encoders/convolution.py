@@ -3,8 +3,10 @@
 On a CPU a convolutional encoder is limited by memory bandwidth: a pass over all activations takes as long as a convolution.
 Three such passes are avoided. A BatchNorm with frozen statistics is a scale and a shift per channel, so it is folded into the
 convolution's weights. TensorFlow's padding becomes part of the kernel. Without gradients, oneDNN fuses the activation function
-with the convolution. Besides, in bf16 oneDNN's gradient of a strided depthwise convolution is up to a hundred times slower than
-in fp32, so it is computed in fp32; and its gradient of the bias takes longer than that of the input, so torch sums it.
+with the convolution.
+
+Besides, oneDNN's gradient of a depthwise convolution is slow in bf16, with a stride up to a hundred times slower than in fp32. So
+it is computed in fp32. The gradient of its bias takes longer than that of its input, so torch sums it.
 """
 
 from functools import partial
@@ -87,7 +89,8 @@ def convolve(conv, batch_norm, x):
     arguments = conv.stride, padding, conv.dilation
     autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
-    if autocast and torch.is_grad_enabled() and conv.groups == conv.in_channels == conv.out_channels:
+    depthwise = conv.groups == conv.in_channels == conv.out_channels and not isinstance(padding, str)
+    if autocast and torch.is_grad_enabled() and depthwise:
         bias = None if bias is None else bias.to(dtype)
         x = DepthwiseConvolution.apply(x.to(dtype), weight.to(dtype), bias, *arguments)
     elif on_cpu and not torch.is_grad_enabled() and type(activation) in FUSED and has_onednn(dtype):

@@ -8,44 +8,42 @@ from utils.errors import UserError
 
 
 class EnsembleEncoder(nn.Module):
-    """The encoders of k models, for pictures or for texts, and their heads as one encoder: inputs -> (n, d) side by side.
+    """The encoders of k models, for pictures or for texts, as one: inputs -> (n, d), their features side by side.
 
-    d is the sum of the models' d_e. Attributes: width, d; of image encoders also size and resize, as of the first.
+    Attributes: widths, of their features; width, d, the sum; of image encoders also size and resize, as of the first.
     """
 
-    def __init__(self, encoders, heads):
+    def __init__(self, encoders):
         super().__init__()
-        self.encoders, self.heads = nn.ModuleList(encoders), nn.ModuleList(heads)
-        self.width = sum(head.out_features for head in heads)
+        self.encoders = nn.ModuleList(encoders)
+        self.widths = [encoder.width for encoder in encoders]
+        self.width = sum(self.widths)
         self.size, self.resize = (getattr(encoders[0], name, None) for name in ("size", "resize"))
 
     def forward(self, *inputs):
-        return project_all([encoder(*inputs) for encoder in self.encoders], self.heads)
+        return torch.cat([encoder(*inputs) for encoder in self.encoders], dim=1)
 
     def pooled(self, *inputs):
         """As `forward` of text encoders, without grouping captions by length."""
-        return project_all([encoder.pooled(*inputs) for encoder in self.encoders], self.heads)
+        return torch.cat([encoder.pooled(*inputs) for encoder in self.encoders], dim=1)
 
 
-class SideBySide(nn.Module):
-    """The projection head of an ensemble: L2-normalises the embeddings of each model, and makes each count the same.
+class EnsembleHead(nn.Module):
+    """The projection heads of k models as one: features side by side, (n, d), -> embeddings side by side, (n, d_e).
 
-    widths: d_e of each, as they lie side by side.
+    The embeddings of each model are L2-normalised and divided by sqrt(k), so that each model counts the same.
+
+    heads: the models' heads. widths: of their features. Attributes: out_features, d_e, the sum of theirs.
     """
 
-    def __init__(self, widths):
+    def __init__(self, heads, widths):
         super().__init__()
-        self.widths, self.out_features = widths, sum(widths)
+        self.heads, self.widths = nn.ModuleList(heads), widths
+        self.out_features = sum(head.out_features for head in heads)
 
-    def forward(self, embeddings):
-        parts = [F.normalize(part, dim=1) for part in embeddings.split(self.widths, dim=1)]
+    def forward(self, features):
+        parts = [F.normalize(head(part), dim=1) for head, part in zip(self.heads, features.split(self.widths, dim=1))]
         return torch.cat(parts, dim=1) / len(parts) ** 0.5
-
-
-def project_all(features, heads):
-    """k features, (n, d) each, through their projection heads, in fp32 as those of a single model: (n, the sum of the d_e)."""
-    with torch.autocast(features[0].device.type, enabled=False):
-        return torch.cat([head(feature.float()) for feature, head in zip(features, heads)], dim=1)
 
 
 def require_same_inputs(models, names):

@@ -2,9 +2,9 @@
 
 The loss cannot prevent it, as it compares pairs of the training data only. So a search takes off how near a picture is to a
 bank of texts, captions of training pictures, as the inverted softmax does (Smith et al. 2017, arXiv:1702.03859) and query banks
-do (Bogolin et al. 2022, arXiv:2112.12777). With cosines c and the model's scale s:
+do (Bogolin et al. 2022, arXiv:2112.12777). With cosines c, the model's scale s, and K texts in the bank:
 
-    nearness(picture) = log(mean over the bank of exp(s c(bank text, picture))) / s      without the nearest text
+    nearness(picture) = log(sum over the bank, without the nearest text, of exp(s c(bank text, picture)) / K) / s
     hubness(picture) = nearness(picture) - mean nearness of the bank's pictures
     score(text, picture) = c(text, picture) - SHARE * hubness(picture)
 
@@ -47,9 +47,9 @@ class Hubness:
         return cache_key(tensors_key({"pictures": self.pictures, "texts": self.texts}), self.scale, self.levels, SHARE)
 
     def nearness(self, embeddings, bank):
-        """(n, d_e) and (K, d_e) -> (n,): the log-mean-exp of their scaled cosines, divided by the scale.
+        """(n, d_e) and (K, d_e) -> (n,): the logarithm of the sum of exp(scaled cosine), over K, divided by the scale.
 
-        The nearest of the bank is left out: of a training picture it is mostly its own caption.
+        The nearest of the bank is left out of the sum: of a training picture it is mostly its own caption.
         """
         blocks = []
         for block in embeddings.split(BLOCK):
@@ -112,7 +112,7 @@ def load_hubness(run_dir):
         return Hubness(tensors["pictures"].float(), tensors["texts"].float(), scale, levels)
     except FileNotFoundError:
         return None
-    except (SafetensorError, KeyError, OSError, RuntimeError) as error:
+    except (SafetensorError, KeyError, ValueError, OSError, RuntimeError) as error:
         reason = type(error).__name__
         raise UserError(
             f"{path}: damaged or unreadable ({reason}); write it again with python main.py --resume --run-dir {run_dir}"

@@ -42,12 +42,14 @@ def canonical_maps(X, Y, row_of_y, dim, ridges=RIDGES):
     belongs to. dim: how many directions, at most; those without correlation are left out. ridges: what is added to the
     variances of X and Y.
 
-    Returns A, (d_x, dim), and B, (d_y, dim), each direction multiplied by its correlation: cosines of X A and Y B then weight
-    directions as in Gong et al. 2014 (arXiv:1212.4522), section 3.2, with p = 1.
+    Returns A, (d_x, k), and B, (d_y, k), of k <= dim directions, each multiplied by its correlation: cosines of X A and Y B
+    then weight directions as in Gong et al. 2014 (arXiv:1212.4522), section 3.2, with p = 1.
     """
     sums = torch.zeros(len(X), Y.shape[1], dtype=torch.double).index_add_(0, row_of_y, Y.double())  # of each row's partners
     C_xy = product(X, sums) / len(Y)
-    whiten_x, whiten_y = (inverse_root(product(Z, Z) / len(Z), ridge) for Z, ridge in zip((X, Y), ridges))
+    counts = torch.bincount(row_of_y, minlength=len(X)) * len(X) / len(Y)  # a row of X counts once for each of its pairs
+    C_x, C_y = product(X, X * counts[:, None]) / len(X), product(Y, Y) / len(Y)
+    whiten_x, whiten_y = inverse_root(C_x, ridges[0]), inverse_root(C_y, ridges[1])
     U, correlations, V = torch.linalg.svd(whiten_x @ C_xy @ whiten_y, full_matrices=False)
     found = min(dim, int((correlations > 1e-6).sum()))
     return whiten_x @ U[:, :found] * correlations[:found], whiten_y @ V.T[:, :found] * correlations[:found]

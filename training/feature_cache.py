@@ -55,7 +55,6 @@ def freeze_encoders(config, model, splits, image_dir, device, dtype):
 def sample_features(config, model, stream, device, dtype):
     """The features of the first pictures and captions of a `Stream`, (n, d_i) and (n, d_t), on which heads are standardised."""
     pictures, captions, _ = zip(*StreamLoader(stream, config, model).some(NUM_SAMPLED))
-    model.to(device)
     I_f = image_features(model, pictures, device, dtype, len(pictures))
     return I_f, text_features(model, token_ids(model.tokenizer, [drawn[0] for drawn in captions]), device, dtype)
 

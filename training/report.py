@@ -76,9 +76,8 @@ def recalls_line(scores):
 
 def history_row(state, trained, scores, kept, seconds):
     """A row of history.csv. trained: what `train_epoch` gives; scores: what `validate` gives; kept: `keeping.kept_score`."""
-    chance = (
-        math.log(state.config.batch_size) if state.config.loss in SIDES else math.nan
-    )  # others have a bias or another scale
+    # A model that knows nothing has the loss ln(n); for sigmoid and bce no such value is known.
+    chance = math.log(state.config.batch_size) if state.config.loss in SIDES else math.nan
     row = {"epoch": len(state.history) + 1, "loss": trained["loss"], "chance_loss": chance}
     row |= {"val_loss": scores["loss"], "temperature": math.exp(-state.model.logit_scale.item())}
     row["lr_scale"] = trained["lr_scale"]
@@ -88,18 +87,14 @@ def history_row(state, trained, scores, kept, seconds):
     return row | {"skipped_steps": trained["skipped_steps"], "rsum": scores["rsum"], "seconds": seconds}
 
 
-def print_epoch(row, epochs, best):
-    """Prints an epoch's results. best: whether it is the best epoch so far, which gets a star."""
-    recalls = [
-        "/".join(f"{row[f'{direction}_R@{k}']:.1f}" for k in (1, 5, 10)) for direction in ("image_to_text", "text_to_image")
-    ]
+def print_epoch(row, scores, epochs, best):
+    """Prints an epoch's results. row: of `history_row`; scores: its recalls; best: so far, which gets a star."""
     skipped, chance = row["skipped_steps"], row["chance_loss"]
     kept = f"  kept {row['kept']:.1f}%" if "kept" in row else ""
     chance = "" if math.isnan(chance) else f" (chance {chance:.3f})"
     print(
         f"epoch {row['epoch']:{len(str(epochs))}}/{epochs}  loss {row['loss']:.3f}{chance}  "
-        f"temperature {row['temperature']:.3f}  image to text {recalls[0]}  text to image {recalls[1]}  "
-        f"rsum {row['rsum']:.1f}{'*' if best else ' '}{kept} {row['seconds']:.1f} s"
+        f"temperature {row['temperature']:.3f}  {recalls_line(scores)}{'*' if best else ' '}{kept} {row['seconds']:.1f} s"
         + (f"  skipped: {skipped} steps whose gradients were not finite in fp16" if skipped else ""),
         flush=True,
     )
@@ -195,8 +190,8 @@ def draw_examples(model, split, I_f, T_f, device, run_dir):
     captions = [split.captions[row] for row in rows]
     draw_similarity([split.pictures[i] for i in images], captions, similarity[:, images], run_dir / "similarity.png")
     searches = []
-    for caption, cosines, image in list(zip(captions, similarity, images))[:NUM_QUERIES]:
-        best = np.argsort(-cosines, kind="stable")[:NUM_MATCHES]
+    for caption, scores, image in list(zip(captions, similarity, images))[:NUM_QUERIES]:
+        best = np.argsort(-scores, kind="stable")[:NUM_MATCHES]
         right = int(np.flatnonzero(best == image)[0]) if image in best else None
-        searches.append((caption, [split.pictures[i] for i in best], [f"{cosines[i]:.2f}" for i in best], right))
+        searches.append((caption, [split.pictures[i] for i in best], [f"{scores[i]:.2f}" for i in best], right))
     draw_matches(searches, run_dir / "matches.png")

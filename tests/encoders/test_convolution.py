@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from timm.layers import Conv2dSame
+from timm.models.convmixer import ConvMixer
 
 from encoders import convolution
 from encoders.convolution import DepthwiseConvolution, ReLU6InPlace, speed_up
@@ -143,3 +144,11 @@ def test_in_bf16_the_gradient_is_as_near_to_fp32s_as_the_encoders_own():
         for encoder in (plain, fast)
     )
     assert nearer > near - 0.01 and nearer > 0.95
+
+
+def test_a_depthwise_convolution_whose_padding_is_a_word_trains_in_bf16():
+    encoder = ConvMixer(8, 1, kernel_size=3, patch_size=4).train()
+    speed_up(encoder, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        encoder(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert all(parameter.grad.isfinite().all() for parameter in encoder.parameters())

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import clip
 import evaluate
 import inference
+from config import HUBNESS_FILE
 from embedding import image_features, open_model, pair_scores, picture_vectors, text_features, text_vectors, token_ids
 from encoders.hubness import Hubness
 from search.queries import embed_texts
@@ -21,18 +22,24 @@ from search.searcher import Searcher
 from utils.errors import UserError
 from utils.images import center_crop, view_crops
 
+HIDDEN = 12  # units
 TEXTS = ["a red circle", "a large blue star left of a small ring"]
 
 
 @pytest.fixture(scope="module")
 def other(run, tmp_path_factory):
-    """A run of the same kind with other weights."""
+    """A run of the same kind with other weights: the output of a head with a hidden layer is not linear in its features."""
     folder = shutil.copytree(run, tmp_path_factory.mktemp("other") / "run")
+    settings = json.loads((folder / "config.json").read_text())
+    settings["config"]["hidden_width"] = HIDDEN
+    (folder / "config.json").write_text(json.dumps(settings))
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     generator = torch.Generator().manual_seed(0)
     for part in ("image", "text"):
-        weight = weights[f"{part}_projection.projection.weight"]
-        weight += weight.std() * torch.randn(weight.shape, generator=generator)
+        d_e, width = weights[f"{part}_projection.projection.weight"].shape
+        shapes = {"0.weight": (HIDDEN, width), "0.bias": (HIDDEN,), "3.weight": (d_e, HIDDEN), "3.bias": (d_e,)}
+        for name, shape in shapes.items():
+            weights[f"{part}_projection.hidden.{name}"] = torch.randn(shape, generator=generator)
     safetensors.torch.save_file(weights, folder / "model.safetensors")
     return folder
 
@@ -51,11 +58,13 @@ def scores(opened, pictures):
 
 
 @pytest.mark.parametrize("views", [1, 2])
-def test_an_ensembles_scores_are_the_mean_of_its_models(run, other, pictures, views):
+def test_an_ensembles_scores_are_the_mean_of_its_models(run, other, pictures, views, tmp_path):
     """One of the two has hubness."""
-    Hubness(*F.normalize(torch.randn(2, 9, 256, generator=torch.Generator().manual_seed(0)), dim=2), 20.0).save(other)
-    both = scores(open_model(f"{run}, {other}", "cpu", "fp32", views), pictures)
-    alone = [scores(open_model(name, "cpu", "fp32", views), pictures) for name in (run, other)]
+    plain, corrected = (shutil.copytree(folder, tmp_path / name) for folder, name in ((run, "plain"), (other, "corrected")))
+    (plain / HUBNESS_FILE).unlink(missing_ok=True)
+    Hubness(*F.normalize(torch.randn(2, 9, 256, generator=torch.Generator().manual_seed(0)), dim=2), 20.0).save(corrected)
+    both = scores(open_model(f"{plain}, {corrected}", "cpu", "fp32", views), pictures)
+    alone = [scores(open_model(name, "cpu", "fp32", views), pictures) for name in (plain, corrected)]
     assert not torch.allclose(alone[0], alone[1], atol=1e-3)
     torch.testing.assert_close(both, sum(alone) / 2, atol=1e-5, rtol=0)
 

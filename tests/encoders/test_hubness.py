@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 
@@ -102,8 +103,11 @@ def test_new_weights_drop_the_banks_of_the_old_ones(corrected, tmp_path):
     assert load_hubness(corrected) is None
 
 
-def test_damaged_banks_are_named(tmp_path):
-    (tmp_path / HUBNESS_FILE).write_bytes(b"no safetensors")
+@pytest.mark.parametrize(
+    "contents", [b"no safetensors", safetensors.torch.save({"numbers": torch.zeros(0)})], ids=["no file", "no numbers"]
+)
+def test_damaged_banks_are_named(tmp_path, contents):
+    (tmp_path / HUBNESS_FILE).write_bytes(contents)
     with pytest.raises(UserError, match=r"hubness.safetensors: damaged .* write it again"):
         load_hubness(tmp_path)
 
@@ -111,7 +115,8 @@ def test_damaged_banks_are_named(tmp_path):
 def test_an_ensembles_hubness_is_the_mean_of_its_models():
     first, second = (Hubness(*F.normalize(torch.randn(2, 8, d), dim=2), 5.0) for d in (3, 4))
     a, b = F.normalize(torch.randn(5, 3), dim=1), F.normalize(torch.randn(5, 4), dim=1)
-    both = EnsembleHubness([first, second], [3, 4])
+    both, one = EnsembleHubness([first, second], [3, 4]), EnsembleHubness([first, None], [3, 4])
     side_by_side = torch.cat([a, b], dim=1) / 2**0.5
     torch.testing.assert_close(both.of_pictures(side_by_side), (first.of_pictures(a) + second.of_pictures(b)) / 2)
+    torch.testing.assert_close(one.of_pictures(side_by_side), first.of_pictures(a) / 2)
     torch.testing.assert_close(both.of_texts(side_by_side), (first.of_texts(a) + second.of_texts(b)) / 2)

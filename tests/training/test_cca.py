@@ -19,20 +19,23 @@ CPU = torch.device("cpu")
 
 
 def paired(n, d_x, d_y, captions=1, seed=0):
-    """n rows X, (n, d_x), with `captions` noisy mixtures of each, (captions n, d_y), and their rows; both with mean 0."""
+    """n rows X, (n, d_x), with noisy mixtures of each, (m, d_y), and the rows of these; both with mean 0.
+
+    captions: how many mixtures each row has; several numbers are taken in turn.
+    """
     torch.manual_seed(seed)
-    X, row = torch.randn(n, d_x), torch.arange(n).repeat_interleave(captions)
-    Y = X[row] @ torch.randn(d_x, d_y) / d_x**0.5 + 0.5 * torch.randn(captions * n, d_y)
+    X, row = torch.randn(n, d_x), torch.arange(n).repeat_interleave(torch.from_numpy(np.resize(captions, n)))
+    Y = X[row] @ torch.randn(d_x, d_y) / d_x**0.5 + 0.5 * torch.randn(len(row), d_y)
     return X - X.mean(0), Y - Y.mean(0), row
 
 
-@pytest.mark.parametrize("captions, ridges", [(1, (0.0, 0.0)), (1, (1.0, 0.3)), (3, (1.0, 0.3))])
+@pytest.mark.parametrize("captions, ridges", [(1, (0.0, 0.0)), (1, (1.0, 0.3)), (3, (1.0, 0.3)), ((1, 4), (0.0, 0.0))])
 def test_maps_are_those_of_the_generalised_eigenvalue_problem(captions, ridges):
     """[0 C_xy; C_yx 0] v = rho [C_x + r_x 0; 0 C_y + r_y] v, whose largest rho are the (ridge) correlations."""
     X, Y, row = paired(200, 5, 4, captions)
     A, B = (W.numpy() for W in canonical_maps(X, Y, row, 3, ridges))
     x, y = X.double().numpy(), Y.double().numpy()
-    C_x, C_y, C_xy = x.T @ x / len(x), y.T @ y / len(y), x[row].T @ y / len(y)
+    C_x, C_y, C_xy = x[row].T @ x[row] / len(y), y.T @ y / len(y), x[row].T @ y / len(y)
     C_x, C_y = C_x + ridges[0] * np.eye(5), C_y + ridges[1] * np.eye(4)
     cross = np.block([[np.zeros((5, 5)), C_xy], [C_xy.T, np.zeros((4, 4))]])
     values, vectors = scipy.linalg.eigh(cross, scipy.linalg.block_diag(C_x, C_y))
