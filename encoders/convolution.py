@@ -5,8 +5,8 @@ Three such passes are avoided. A BatchNorm with frozen statistics is a scale and
 convolution's weights. TensorFlow's padding becomes part of the kernel. Without gradients, oneDNN fuses the activation function
 with the convolution.
 
-Besides, oneDNN's gradient of a depthwise convolution is slow in bf16, with a stride up to a hundred times slower than in fp32. So
-it is computed in fp32. The gradient of its bias takes longer than that of its input, so torch sums it.
+Besides, oneDNN's gradient of a depthwise convolution is slow in bf16, with a stride up to a hundred times slower than in fp32.
+So it is computed in fp32. The gradient of its bias takes longer than that of its input, so torch sums it.
 """
 
 from functools import partial
