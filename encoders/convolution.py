@@ -89,6 +89,7 @@ def convolve(conv, batch_norm, x):
     arguments = conv.stride, padding, conv.dilation
     autocast = x.device.type == "cpu" and torch.is_autocast_enabled("cpu")
     dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    # A padding such as "same", a word, is left to torch.
     depthwise = conv.groups == conv.in_channels == conv.out_channels and not isinstance(padding, str)
     if autocast and torch.is_grad_enabled() and depthwise:
         bias = None if bias is None else bias.to(dtype)

@@ -88,7 +88,7 @@ def history_row(state, trained, scores, kept, seconds):
 
 
 def print_epoch(row, scores, epochs, best):
-    """Prints an epoch's results. row: of `history_row`; scores: its recalls; best: so far, which gets a star."""
+    """Prints an epoch's results. row: of `history_row`, made from the scores. best: the best so far gets a star."""
     skipped, chance = row["skipped_steps"], row["chance_loss"]
     kept = f"  kept {row['kept']:.1f}%" if "kept" in row else ""
     chance = "" if math.isnan(chance) else f" (chance {chance:.3f})"

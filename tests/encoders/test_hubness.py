@@ -104,7 +104,7 @@ def test_new_weights_drop_the_banks_of_the_old_ones(corrected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "contents", [b"no safetensors", safetensors.torch.save({"numbers": torch.zeros(0)})], ids=["no file", "no numbers"]
+    "contents", [b"no safetensors", safetensors.torch.save({"numbers": torch.zeros(0)})], ids=["no safetensors", "no numbers"]
 )
 def test_damaged_banks_are_named(tmp_path, contents):
     (tmp_path / HUBNESS_FILE).write_bytes(contents)
