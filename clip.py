@@ -19,7 +19,17 @@ from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from captions import SPLITS
-from config import CONTEXT_LENGTH, HUBNESS_FILE, OPENAI, SUGGESTED, is_model_name, load_run, save_run, without_paths
+from config import (
+    CONTEXT_LENGTH,
+    HUBNESS_FILE,
+    OPENAI,
+    SUGGESTED,
+    is_model_name,
+    load_run,
+    may_be_on_hub,
+    save_run,
+    without_paths,
+)
 from encoders.build import load_pretrained, random_text_config
 from encoders.hub import from_hub
 from encoders.hubness import load_hubness
@@ -34,7 +44,6 @@ from utils.images import center_crop, resize_image
 
 MODEL_FILES = ("config.json", "model.safetensors", HUBNESS_FILE)
 HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
-LOCAL_PREFIXES = ("runs/", "runs\\", ".", "/", "\\", "~")  # names that begin so are local folders, not a hub's
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
 
@@ -384,7 +393,7 @@ def fetch(name):
 
     Raises UnknownModel where the hub has none. A local path is not looked up: a stranger's model may have the same name.
     """
-    if name.count("/") == 1 and not name.startswith(LOCAL_PREFIXES):
+    if may_be_on_hub(name):
         try:
             return from_hub(lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*HUB_FILES, *MODEL_FILES]))
         except (OSError, ValueError) as error:

@@ -10,15 +10,17 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
-import tyro
-
-from utils.cli import HELP, command_help, dataclass_flags, flag_lines, function_flags
+from Datasets import flickr8k
+from utils.cli import HELP, dataclass_flags, flag_lines, parse
 from utils.errors import UserError
 from utils.files import write_json
 
 Loss = Literal["auto", "softmax", "image", "text", "sigmoid", "bce"]
 Targets = Literal["pair", "image", "smooth", "soft"]
 Tracker = Literal["tensorboard", "wandb", "mlflow", "trackio"]
+SplitName = Literal["train", "val", "test", "all"]
+Views = Literal[1, 2, 4]  # of `utils.images.view_crops`
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
 RUN_FORMAT = 3  # of a run folder's config.json; a folder of another format is refused
 
 
@@ -118,9 +120,7 @@ class Config:
 
     # The run
     seed: int = 0  # of initial weights, shuffling, captions drawn, crops and dropout
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = (
-        "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
-    )
+    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
     fast_convolutions: bool = True  # fewer passes over the activations of convolutional encoders; same results up to rounding
     compile: bool = False  # torch.compile the encoders: a slow start (on a CPU with g++), then faster steps
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
@@ -161,6 +161,7 @@ FIXED_IN_A_RUN = (  # what defines the model and its training, which a resumed r
 HUBNESS_FILE = "hubness.safetensors"  # in a run folder
 HUB_PREFIX = "hf:"  # what the name of a data set on the Hugging Face hub begins with
 OPEN_CLIP = "open_clip:"  # what the name of one of open_clip's models begins with
+LOCAL_PREFIXES = ("runs/", "runs\\", ".", "/", "\\", "~")  # names that begin so are local folders, not a hub's
 OPENAI = {  # OpenAI's names of its models: what they are short for
     name: f"{OPEN_CLIP}{name.replace('/', '-').replace('@336px', '-336')}-quickgelu@openai"
     for name in ("RN50", "RN101", "RN50x4", "RN50x16", "RN50x64", "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px")
@@ -333,17 +334,32 @@ def run_names(run):
     return names
 
 
+def may_be_on_hub(name):
+    """Whether a name can be that of a run on a model hub, USER/NAME; a local path that is not there is not looked up there."""
+    return name.count("/") == 1 and not name.startswith(LOCAL_PREFIXES)
+
+
+def require_runs(run):
+    """Raises UserError where a --run, as of `run_names`, names a folder without a run; a hub's names are not looked up."""
+    for name in run_names(run):
+        if Path(name).is_dir() or not (is_model_name(name) or may_be_on_hub(name)):
+            load_run(name)
+
+
 def is_stream(data):
     """Whether a --data-dir or --val-data names shards or a hub's data set; else it is a folder."""
     return data.startswith(HUB_PREFIX) or data.endswith((".tar", ".parquet"))
 
 
-def parse_config(arguments, default_preset):
+def parse_config(arguments, default_preset=None):
     """The Config of a command line ([PRESET] [--flags]), and the name of its preset.
 
-    Exits with a message for an unknown flag or a value of the wrong type. Raises UserError for values that make no
-    sense, and where the run to resume does not exist.
+    default_preset: where none is named; None: flickr8k where its pictures are found or asked for, else shapes.
+    Raises UserError for an unknown flag, values of the wrong type or that make no sense, and where the run to resume or to
+    fine-tune does not exist.
     """
+    if not default_preset:
+        default_preset = "flickr8k" if flickr8k.find() or "--download" in arguments else "shapes"
     named = bool(arguments) and not arguments[0].startswith("-")
     preset = arguments[0] if named else default_preset
     if preset not in PRESETS:
@@ -358,12 +374,9 @@ def parse_config(arguments, default_preset):
     for word, following in pairwise([*arguments[named:], "--"]):
         flags += [word, "yes"] if word == "--resume" and following.startswith("--") else [word]
 
-    def parse(default):
-        return tyro.cli(Config, default=default, args=flags, prog="main.py [PRESET]")
-
-    config = parse(PRESETS[preset])
+    config = parse(Config, "main.py", flags, PRESETS[preset])
     if config.resume == "yes" or config.resume == "auto" and (Path(config.run_dir) / "config.json").exists():
-        config = parse(replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
+        config = parse(Config, "main.py", flags, replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
     elif config.resume == "auto":
         config = replace(config, resume="no")
     config = resolve_defaults(config)
@@ -611,18 +624,3 @@ def load_run(run_dir):
         raise UserError(f"{run_dir}: no run is there (no config.json); train one with python main.py{hint}") from None
     except (ValueError, KeyError, TypeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged or of another version ({type(error).__name__}: {error}); train it again") from None
-
-
-def run_cli(function, program, arguments, examples=()):
-    """Calls a command's function with the arguments of the command line, which become flags named as its own.
-
-    function: also a dataclass, whose object is then returned. With --help a help is printed instead, whose texts are those of
-    the function's docstring or of the comments behind the fields. examples: commands to show there.
-    """
-    if HELP & set(arguments):
-        flags = dataclass_flags(function()) if dataclasses.is_dataclass(function) else function_flags(function)
-        words = "".join(f" [{flag.usage()}]" for flag in flags if flag.positional)
-        summary = (function.__doc__ or "").partition("\n\n")[0]
-        print(command_help(f"python {program}{words} [--flags]", summary, examples, flags))
-        sys.exit(0)
-    return tyro.cli(function, prog=program, args=arguments)

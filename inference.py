@@ -1,80 +1,28 @@
 """Searches pictures: python inference.py "a dog runs on the beach" [--run RUN] [--images FOLDER], and the other way round."""
 
 import sys
+
+from search.options import read_search
+from utils.errors import run_command
+
+if __name__ == "__main__":  # first, as what is imported below takes a while to load
+    OPTIONS = run_command(read_search, sys.argv[1:])
+
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
-import tyro
-
-from config import is_model_name, run_cli, run_names
+from config import is_model_name
 from search.files import find_pictures
 from search.gallery import Filters, open_gallery
-from search.queries import (
-    Query,
-    best_captions,
-    best_matches,
-    blend,
-    classify_embedding,
-    embed_texts,
-    judge,
-    newest_run,
-    read_queries,
-)
-from search.relevance import WRONG_SHARE
+from search.queries import Query, best_captions, best_matches, blend, classify_embedding, embed_texts, judge, read_queries
 from search.searcher import Searcher
-from utils.errors import UserError, lost_process, run_command
+from utils.errors import lost_process
 from utils.files import write_json
-from utils.images import Views, read_image
+from utils.images import read_image
 
-EXAMPLES = (
-    'python inference.py "a dog runs on the beach" --images ~/Pictures',
-    'python inference.py "a dog" --images ~/Pictures --after 2021-06 --folder "Italy/*"',
-    'python inference.py --image photo.jpg --classify "a dog" "a cat"',
-    "python inference.py --duplicates --images ~/Pictures",
-)
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
-
-
-@dataclass
-class Search:
-    """Finds the pictures that match a text or a picture best, prints them, and draws them in a grid."""
-
-    # What to look for
-    query: tyro.conf.Positional[tuple[str, ...]] = ()  # what the pictures should show; several texts are added
-    minus: tuple[str, ...] = ()  # what they should not show
-    weights: tuple[float, ...] = ()  # how much each text counts, and then each of minus; empty: all the same
-    similar_to: str = ""  # picture that they should be like, alone or besides the query
-    query_file: str = ""  # file with a query in each line, each answered by itself
-    image: str = ""  # picture to find captions and look-alikes of, or to classify
-    classify: tuple[str, ...] = ()  # class names to choose from for the picture of --image
-    # Where to look
-    run: str = ""  # run folder, or name of a pretrained model; several, with commas: an ensemble; empty: the newest in runs/
-    views: Views = 1  # crops of each picture to embed and average: better matches, for as many times the time
-    images: str = ""  # folder to search, with its subfolders, or 'DIR/*.tar'; empty: the run's own validation pictures
-    after: str = ""  # only pictures taken since then, as 2021, 2021-06 or 2021-06-30 (EXIF date, else the file's)
-    before: str = ""  # only pictures taken before that
-    folder: str = ""  # only pictures whose path below --images matches this; 'Italy/*': all in Italy
-    exact: bool = False  # compare with every picture, even if there are more than 100,000
-    # What to show
-    n: int = 9  # pictures to find
-    more: int = 0  # 1: the next n pictures, 2: those after them, and so on
-    floor: float = WRONG_SHARE  # share of wrong pictures that may pass: smaller is stricter; 0 shows everything
-    explain: bool = False  # draw a heat map over each picture: which parts match the text
-    output: str = "matches.png"  # PNG of the matches or duplicates
-    json: str = ""  # file for the results
-    # Instead of a search
-    duplicates: bool = False  # find files that are the same photograph
-    map: str = ""  # write a map of all pictures into this HTML file, and a PNG beside it
-    embed_only: bool = False  # only embed the pictures, for later searches; with torchrun in several processes
-    export: Literal["", "onnx"] = ""  # write the run's encoders in this format, into RUN/onnx
-    # Machine
-    cache_dir: str = ".cache"  # folder where embeddings are kept for the next query
-    num_workers: int = 4  # threads that decode pictures
-    device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of matrix products; auto: bf16 or fp16 where native
 
 
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
@@ -103,14 +51,12 @@ def draw_matches(title, matches, output, show, read_picture=None):
 
 
 def search(options):
-    """What `python inference.py` does. options: a `Search`."""
-    refuse_unclear(options)
+    """What `python inference.py` does. options: a `search.options.Search`."""
     if options.duplicates:
         return list_duplicates(options)
-    run = options.run or newest_run()
     if options.export:
-        return write_onnx(run)
-    searcher = Searcher(run, options.device, options.precision, options.cache_dir, options.views)
+        return write_onnx(options.run)
+    searcher = Searcher(options.run, options.device, options.precision, options.cache_dir, options.views)
     if options.embed_only:
         return embed_pictures(searcher, options)
     if options.map:
@@ -126,37 +72,6 @@ def search(options):
     if options.json:
         write_json(options.json, answer)
     searcher.save_text_encoder()
-
-
-def refuse_unclear(options):
-    """Raises UserError unless there is one thing to do, and flags that go with it."""
-    if options.n < 1 or options.more < 0:
-        raise UserError(f"--n {options.n}, --more {options.more}: must be at least 1 and at least 0")
-    if not 0 <= options.floor < 1:
-        raise UserError(f"--floor {options.floor}: is a share of wrong pictures, from 0 (show everything) to below 1")
-    num_queries = bool(options.query or options.similar_to) + bool(options.query_file) + bool(options.image)
-    num_tasks = options.duplicates + bool(options.map) + options.embed_only + bool(options.export)
-    if num_tasks and num_queries or num_tasks > 1:
-        raise UserError("--duplicates, --map, --embed-only, --export: look for nothing, and go alone; leave the query out")
-    if not num_tasks and num_queries != 1:
-        raise UserError('say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE')
-    if len(options.query) > 1 and not options.weights and not any(" " in text.strip() for text in options.query):
-        joined = " ".join(options.query)
-        raise UserError(
-            f'several words without quotes; one query: python inference.py "{joined}"; to add texts, give them --weights, too'
-        )
-    if (options.minus or options.weights or options.explain) and not options.query:
-        raise UserError("--minus, --weights and --explain: go with a text to look for")
-    if options.classify and not options.image:
-        raise UserError("--classify: needs the picture, --image FILE")
-    if options.duplicates and not options.images:
-        raise UserError("--duplicates: name the folder to look through with --images")
-    if options.duplicates and (options.after or options.before or options.folder):
-        raise UserError("--duplicates: looks through all of --images; leave --after, --before and --folder out")
-    if options.export and (options.views > 1 or len(run_names(options.run)) > 1):
-        raise UserError("--export: writes one run, which embeds one view; leave --views and further runs out")
-    if options.map and not options.map.lower().endswith((".html", ".htm")):
-        raise UserError(f"--map {options.map}: must end in .html")
 
 
 def find_gallery(searcher, options):
@@ -317,9 +232,5 @@ def print_matches(matches):
         print(f"{match.label()}  {match.filename}")
 
 
-def main(arguments):
-    search(run_cli(Search, "inference.py", arguments, EXAMPLES))
-
-
 if __name__ == "__main__":
-    run_command(lambda: main(sys.argv[1:]))
+    run_command(search, OPTIONS)

@@ -6,19 +6,16 @@ page for each.
 """
 
 import difflib
-import os
 import sys
 from itertools import product
 from pathlib import Path
 
-import tyro
-
-from config import PRESETS, run_cli
-from experiments.report import write_report
-from experiments.runner import Lesson, make_jobs, prepare, train_all
-from utils.device import pick_device
+from config import PRESETS
+from experiments.lesson import Learn, Lesson
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
+EXAMPLES = ("python lessons.py", "python lessons.py temperature --seeds 0", "python lessons.py order --quick")
 SOURCE_MODEL = {"pooling": "first", "temperature": 1.0}  # of a public reimplementation whose validation loss never fell
 CAUSES = {
     "first token, temperature 1": SOURCE_MODEL,
@@ -186,52 +183,56 @@ LESSONS = {
 }
 
 
-def learn(
-    lesson: tyro.conf.Positional[str] = "",
-    seeds: tuple[int, ...] = (0, 1, 2),
-    output: str = "",
-    quick: bool = False,
-    force: bool = False,
-    data_dir: str = "",
-    preset: str = "",
-    weights_dir: str = "",
-    device: str = "auto",
-):
-    """Trains the variants of a lesson and compares them. Without a lesson it lists them.
-
-    Args:
-        lesson: name of the lesson
-        seeds: each variant is trained once with each
-        output: folder for the results; empty: runs/lessons/NAME, with -quick or -photographs behind it
-        quick: a few steps of the first seed only, to see that it runs; the figures mean nothing
-        force: train again what is trained already
-        data_dir: folder of captioned photographs, for the lessons that can use them, instead of the drawn sample
-        preset: preset of main.py for photographs; empty: linear
-        weights_dir: folder with the preset's weights, for photographs without a network: image.safetensors and text/
-        device: auto, cpu, cuda, cuda:1, mps
-    """
+def read_lesson(arguments):
+    """The Learn of a command line; without a lesson it lists them and exits. Raises UserError for values that make no sense."""
+    options = run_cli(Learn, "lessons.py", arguments, EXAMPLES)
+    lesson, preset, seeds = options.lesson, options.preset, options.seeds
     if not lesson:
-        return list_lessons()
+        print("python lessons.py NAME; minutes are those of one seed on two CPU cores:\n")
+        for name, known in LESSONS.items():
+            print(f"  {name:12}{known.minutes:3}  {known.question}")
+        sys.exit(0)
     if lesson not in LESSONS:
         close = difflib.get_close_matches(lesson, LESSONS, 1)
         hint = f"did you mean {close[0]}? " if close else ""
         raise UserError(f"lesson {lesson!r} is unknown; {hint}there are {', '.join(LESSONS)}")
-    chosen = LESSONS[lesson]
-    if data_dir and not chosen.photographs:
+    if options.data_dir and not LESSONS[lesson].photographs:
         able = ", ".join(name for name, other in LESSONS.items() if other.photographs)
         raise UserError(f"--data-dir: the lesson {lesson} needs the drawn sample; photographs are for {able}")
-    if (preset or weights_dir) and not data_dir:
+    if (preset or options.weights_dir) and not options.data_dir:
         raise UserError("--preset, --weights-dir: are for photographs; name their folder with --data-dir")
     if preset and preset not in PRESETS:
         raise UserError(f"--preset {preset}: unknown; there are {', '.join(PRESETS)}")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UserError(f"--seeds {' '.join(map(str, seeds))}: name at least one, and each once")
+    if options.data_dir and not Path(options.data_dir).is_dir():
+        raise UserError(f"--data-dir {options.data_dir}: no such folder; name one with Images/ and a captions file")
+    for name in ("image.safetensors", "text") if options.weights_dir else ():
+        if not (Path(options.weights_dir) / name).exists():
+            raise UserError(f"--weights-dir {options.weights_dir}: {name} is missing there")
+    return options
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds to load
+    OPTIONS = run_command(read_lesson, sys.argv[1:])
+
+import os
+
+from experiments.report import write_report
+from experiments.runner import make_jobs, prepare, train_all
+from utils.device import pick_device
+
+
+def learn(options):
+    """What `python lessons.py LESSON` does. options: an `experiments.lesson.Learn`."""
+    lesson, data_dir, quick, device = options.lesson, options.data_dir, options.quick, options.device
+    chosen = LESSONS[lesson]
     pick_device(device)
-    seeds = seeds[:1] if quick else seeds
-    folder = Path(output or f"runs/lessons/{lesson}{'-photographs' if data_dir else ''}{'-quick' if quick else ''}")
-    given = {"device": device} | (photographs(data_dir, weights_dir) if data_dir else {})
-    jobs = make_jobs(chosen, (preset or "linear") if data_dir else chosen.preset, given, seeds, folder, quick)
-    to_do = [job for job in jobs if force or not job.result()]
+    seeds = options.seeds[:1] if quick else options.seeds
+    folder = Path(options.output or f"runs/lessons/{lesson}{'-photographs' if data_dir else ''}{'-quick' if quick else ''}")
+    given = {"device": device} | (photographs(data_dir, options.weights_dir) if data_dir else {})
+    jobs = make_jobs(chosen, (options.preset or "linear") if data_dir else chosen.preset, given, seeds, folder, quick)
+    to_do = [job for job in jobs if options.force or not job.result()]
     if to_do:
         minutes = "under 2" if quick else f"about {round(chosen.minutes * len(to_do) / len(chosen.variants))}"
         there = len(jobs) - len(to_do)
@@ -246,24 +247,11 @@ def learn(
 
 
 def photographs(data_dir, weights_dir):
-    """The settings of the same names, for photographs. Raises UserError where a file is missing."""
-    settings, folder = {"data_dir": data_dir}, Path(weights_dir)
-    if not Path(data_dir).is_dir():
-        raise UserError(f"--data-dir {data_dir}: no such folder; name one with Images/ and a captions file")
-    if weights_dir:
-        settings |= {"image_weights": str(folder / "image.safetensors"), "text_encoder": str(folder / "text")}
-        for name in ("image.safetensors", "text"):
-            if not (folder / name).exists():
-                raise UserError(f"--weights-dir {weights_dir}: {name} is missing there")
-    return settings
-
-
-def list_lessons():
-    print("python lessons.py NAME; minutes are those of one seed on two CPU cores:\n")
-    for name, lesson in LESSONS.items():
-        print(f"  {name:12}{lesson.minutes:3}  {lesson.question}")
+    """The settings of the same names, for photographs."""
+    folder = Path(weights_dir)
+    weights = {"image_weights": str(folder / "image.safetensors"), "text_encoder": str(folder / "text")} if weights_dir else {}
+    return {"data_dir": data_dir} | weights
 
 
 if __name__ == "__main__":
-    examples = ("python lessons.py", "python lessons.py temperature --seeds 0", "python lessons.py order --quick")
-    run_command(lambda: run_cli(learn, "lessons.py", sys.argv[1:], examples))
+    run_command(learn, OPTIONS)

@@ -1,10 +1,17 @@
 """Trains CLIP: python main.py [PRESET] [--flags]. docs/runs.md lists the files that a run writes."""
 
+import sys
+
+from config import heads_config, parse_config, trains_heads_first
+from utils.errors import UserError, at_sigterm, exit_terminated, run_command, to_user_error
+
+if __name__ == "__main__":  # first, as what is imported below takes seconds to load
+    CONFIG, PRESET = run_command(parse_config, sys.argv[1:])
+
 import contextlib
 import math
 import os
 import shlex
-import sys
 import threading
 import time
 from dataclasses import replace
@@ -15,7 +22,6 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else DistributedDataPar
 import torch
 
 from clip import create_model, load_weights, save_weights, settings_of_model
-from config import heads_config, parse_config, trains_heads_first
 from Datasets import flickr8k
 from encoders.stages import unfreeze_from
 from training import distributed
@@ -39,7 +45,6 @@ from training.stream import open_stream, stream_files
 from training.trackers import Trackers, load_package
 from utils.cache import cache_line, note_use
 from utils.device import make_deterministic, pick_device, pick_dtype, speed_up_cpu
-from utils.errors import UserError, at_sigterm, exit_terminated, run_command, to_user_error
 from utils.files import remove_leftovers
 
 
@@ -138,9 +143,9 @@ def set_up(config):
     return device, pick_dtype(config.precision, device)
 
 
-def main():
+def main(config, preset):
+    """What `python main.py` does; the arguments are what `config.parse_config` returns."""
     flickr8k_dir = flickr8k.find()
-    config, preset = parse_config(sys.argv[1:], "flickr8k" if flickr8k_dir or "--download" in sys.argv else "shapes")
     config = replace(config, device=distributed.init_distributed(config.device))
     pick_device(config.device)  # one that is missing is named before anything is drawn or downloaded
     if distributed.size() > config.batch_size:
@@ -172,4 +177,4 @@ def main():
 
 
 if __name__ == "__main__":
-    run_command(main)
+    run_command(main, CONFIG, PRESET)

@@ -16,19 +16,34 @@ matter, so that a bag of words is not enough:
 The second writes images of a single shape, in one folder for every pair of colour and shape, for zero-shot classification.
 """
 
-import argparse
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+if __name__ == "__main__":  # a script cannot import from the parent folder by default
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from utils.cli import POSITIONAL, run_cli
+from utils.errors import run_command
+
+
+@dataclass
+class Draw:
+    """Generates captioned images of coloured shapes."""
+
+    folder: str = field(metadata=POSITIONAL)  # output folder; an existing one is replaced
+    classes: bool = False  # one shape per image, in folders named after colour and shape
+
+
+if __name__ == "__main__":
+    OPTIONS = run_command(run_cli, Draw, "Datasets/shapes.py", sys.argv[1:])
+
 import csv
 import itertools
 import random
-import sys
-from dataclasses import dataclass, replace
-from pathlib import Path
 
 import cv2
 import numpy as np
 
-if __name__ == "__main__":  # a script cannot import from the parent folder by default
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from utils.files import atomic_dir
 
 COLORS = {  # name: (words, RGB)
@@ -421,8 +436,4 @@ def draw_classes(folder, pictures=10, side=96, seed=0, colors=COLORS):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Generates captioned images of coloured shapes.")
-    parser.add_argument("folder", help="output folder; an existing one is replaced")
-    parser.add_argument("--classes", action="store_true", help="one shape per image, in folders named after colour and shape")
-    arguments = parser.parse_args()
-    (draw_classes if arguments.classes else draw)(arguments.folder)
+    run_command(draw_classes if OPTIONS.classes else draw, OPTIONS.folder)

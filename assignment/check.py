@@ -4,39 +4,66 @@ FOLDER holds the files that assignment/make.py wrote, as the student has complet
 Each task runs in a process of its own, with a time limit, so that one that crashes or never ends costs its own points only.
 """
 
-import concurrent.futures
-import importlib.util
-import json
-import math
-import subprocess
 import sys
-import tempfile
-import types
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
-
-import numpy as np
-import torch
-import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it can be started from any folder
 
-import clip
-import dataset
-import main as training
-import modules
-from config import parse_config, run_cli
-from Datasets import shapes
-from evaluation.retrieval import KS
+from utils.cli import POSITIONAL, run_cli
 from utils.errors import UserError, run_command
 
 STARTER = ROOT / "assignment" / "starter"
 FUNCTIONS = {"loss": "contrastive_loss", "forward": "logits", "pooling": "pooled", "recall": "recall", "sampler": "draw"}
 RUN = "run"  # the short training with the student's functions
+
+
+@dataclass
+class Grade:
+    """Gives points for each task of the assignment, with a reason for each lost one."""
+
+    folder: Path = field(default=STARTER, metadata=POSITIONAL)  # the completed files that assignment/make.py wrote
+    seed: int = 0  # of the student's own sample and random tables
+    task: str = ""  # check this task only
+    json: str = ""  # file for the points and reasons
+
+    def __post_init__(self):
+        if not self.folder.is_dir():
+            make = f"python assignment/make.py {self.folder}"
+            raise UserError(f"{self.folder}: no such folder; write the starter files with {make}")
+        if self.task not in ("", *FUNCTIONS, RUN):
+            raise UserError(f"--task {self.task}: unknown; there are {', '.join((*FUNCTIONS, RUN))}")
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds to load
+    OPTIONS = run_command(run_cli, Grade, "assignment/check.py", sys.argv[1:], ("python assignment/check.py my-solution",))
+
+import concurrent.futures
+import importlib.util
+import json
+import math
+import multiprocessing
+import os
+import tempfile
+import types
+
+import numpy as np
+import torch
+
+import clip
+import dataset
+import main as training
+import modules
+from config import parse_config
+from Datasets import shapes
+from evaluation.retrieval import KS
+
 TIME_LIMIT = 30  # seconds per task; the training has more
 RUN_TIME_LIMIT = 120
-WORKER = "--check-one-task"  # what `check_apart` starts this file with
+FORKS = "forkserver" in multiprocessing.get_all_start_methods()  # not on Windows
+PROCESSES = multiprocessing.get_context("forkserver" if FORKS else "spawn")
+PROCESSES.set_forkserver_preload(["__main__", "main"])  # the imports are made once, and cost no task its time
 
 
 def load_function(folder, task):
@@ -309,41 +336,37 @@ def check_task(folder, task, seed):
 
 def check_apart(folder, task, seed):
     """`check_task` in a process of its own, which ends after a time limit."""
-    limit = RUN_TIME_LIMIT if task == RUN else TIME_LIMIT
     with tempfile.TemporaryDirectory() as results:
         path = Path(results) / "results.json"
-        command = [sys.executable, __file__, WORKER, str(folder), task, str(seed), str(path)]
-        try:
-            subprocess.run(command, capture_output=True, timeout=limit)
-            return json.loads(path.read_text(encoding="utf-8"))
-        except subprocess.TimeoutExpired:
+        process = PROCESSES.Process(target=check_one_task, args=(folder, task, seed, path))
+        process.start()
+        limit = RUN_TIME_LIMIT if task == RUN else TIME_LIMIT
+        process.join(limit)
+        reason = "ended the process that checked it"
+        if process.is_alive():
+            process.kill()
+            process.join()
             reason = f"did not end within {limit} seconds"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            reason = "ended the process that checked it"
-        return [(0, points, check.__name__.replace("_", " "), reason) for check, points in CHECKS[task].items()]
+            return [(0, points, check.__name__.replace("_", " "), reason) for check, points in CHECKS[task].items()]
 
 
-def grade(
-    folder: tyro.conf.Positional[Path] = STARTER,
-    seed: int = 0,
-    task: str = "",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Gives points for each task of the assignment, with a reason for each lost one.
+def check_one_task(folder, task, seed, path):
+    """Writes the result of `check_task` into a file. What the student's code prints is not shown."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        os.dup2(nowhere.fileno(), 2)
+    path.write_text(json.dumps(check_task(folder, task, seed)), encoding="utf-8")
 
-    Args:
-        folder: the completed files that assignment/make.py wrote
-        seed: of the student's own sample and random tables
-        task: check this task only
-        json_path: file for the points and reasons
-    """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; write the starter files with python assignment/make.py {folder}")
-    if task and task not in CHECKS:
-        raise UserError(f"--task {task}: unknown; there are {', '.join(CHECKS)}")
-    tasks = [task] if task else list(CHECKS)
+
+def grade(options):
+    """What `python assignment/check.py` does. options: a `Grade`."""
+    folder = options.folder.resolve()
+    tasks = [options.task] if options.task else list(CHECKS)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        checked = dict(zip(tasks, pool.map(lambda name: check_apart(folder.resolve(), name, seed), tasks)))
+        checked = dict(zip(tasks, pool.map(lambda name: check_apart(folder, name, options.seed), tasks)))
     for name, results in checked.items():
         print(f"{name}: {sum(got for got, *_ in results)} of {sum(points for _, points, *_ in results)}")
         for got, points, what, reason in results:
@@ -351,16 +374,9 @@ def grade(
                 print(f"  -{points - got}  {what}: {reason}")
     got, possible = (sum(result[i] for results in checked.values() for result in results) for i in (0, 1))
     print(f"{got} of {possible} points")
-    if json_path:
-        Path(json_path).write_text(json.dumps({"points": got, "possible": possible, "tasks": checked}), encoding="utf-8")
-
-
-def check_one_task(folder, task, seed, path):
-    """Writes the result of `check_task` into a file. All arguments are strings."""
-    Path(path).write_text(json.dumps(check_task(Path(folder), task, int(seed))), encoding="utf-8")
+    if options.json:
+        Path(options.json).write_text(json.dumps({"points": got, "possible": possible, "tasks": checked}), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [WORKER]:
-        sys.exit(check_one_task(*sys.argv[2:]))
-    run_command(lambda: run_cli(grade, "assignment/check.py", sys.argv[1:], ("python assignment/check.py my-solution",)))
+    run_command(grade, OPTIONS)

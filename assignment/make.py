@@ -13,12 +13,10 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import tyro
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # so that it can be started from any folder
 
-from config import run_cli
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 STARTER = ROOT / "assignment" / "starter"
@@ -99,7 +97,7 @@ def write(folder, solved=False):
         (folder / f"{name}.py").write_text(task_file(name, solved), encoding="utf-8")
 
 
-def make(folder: tyro.conf.Positional[Path] = STARTER):
+def make(folder: Path = STARTER, /):
     """Writes the starter files of the assignment.
 
     Args:
@@ -115,4 +113,4 @@ def make(folder: tyro.conf.Positional[Path] = STARTER):
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(make, "assignment/make.py", sys.argv[1:], ("python assignment/make.py my-solution",)))
+    run_command(run_cli, make, "assignment/make.py", sys.argv[1:], ("python assignment/make.py my-solution",))

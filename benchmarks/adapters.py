@@ -17,7 +17,7 @@ from pathlib import Path
 import pandas as pd
 from measure import RESULTS, ROOT, report
 
-from config import run_cli
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 WAYS = {"all weights": [], "adapters of rank 8": ["--lora-rank", "8"]}

@@ -24,10 +24,10 @@ import cv2
 import numpy as np
 from measure import ROOT, report
 
-from config import run_cli
 from search.duplicates import find_duplicates, group, same_photograph
 from search.gallery import find_pictures
 from search.hashes import Hashes, differing_bits, hash_file
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 NUM_NEAREST = 2000  # pairs with the nearest hashes among the real photographs

@@ -13,7 +13,7 @@ from typing import Literal
 
 from measure import report, spread, timed_lines
 
-from config import run_cli
+from utils.cli import run_cli
 from utils.errors import run_command
 
 TRAINED = {

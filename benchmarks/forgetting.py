@@ -19,8 +19,9 @@ import pandas as pd
 from measure import RESULTS, report
 
 import main
-from config import PRESETS, resolve_defaults, run_cli
+from config import PRESETS, resolve_defaults
 from Datasets import shapes
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 from utils.files import atomic_dir, write_json
 

@@ -23,10 +23,10 @@ from measure import evaluate, report, spread, timed_lines
 from torch import nn
 
 import GAN
-from config import run_cli
 from Datasets import shapes
 from generation.networks import IMAGE_SIZE, NOISE_DIM, draw_pictures
 from modules import ImageEncoder
+from utils.cli import run_cli
 from utils.device import autocast, speed_up_cpu
 from utils.errors import run_command
 from utils.images import read_image

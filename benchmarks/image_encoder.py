@@ -8,8 +8,8 @@ import sys
 
 from measure import alternate, report, spread
 
-from config import run_cli
 from modules import ImageEncoder
+from utils.cli import run_cli
 from utils.device import autocast, keep_freed_memory, pick_device, pick_dtype
 from utils.errors import run_command
 

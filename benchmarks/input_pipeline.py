@@ -14,10 +14,11 @@ import torch.nn.functional as F
 from measure import alternate, report, spread
 
 from captions import image_positions, load_captions
-from config import PRESETS, run_cli
+from config import PRESETS
 from dataset import CLIPDataset
 from Datasets import flickr8k, shapes
 from training.data import batch_loader
+from utils.cli import run_cli
 from utils.device import keep_freed_memory, pick_device
 from utils.errors import run_command
 from utils.images import as_batch, center_crop, decode_images

@@ -11,15 +11,14 @@ import shutil
 import sys
 from pathlib import Path
 
-import tyro
 from measure import RESULTS, ROOT, report
 
-from config import run_cli
 from experiments.report import table_rows
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 
-def take(names: tyro.conf.Positional[tuple[str, ...]], runs: Path = ROOT / "runs" / "lessons"):
+def take(names: tuple[str, ...], /, runs: Path = ROOT / "runs" / "lessons"):
     """Writes the table and the plot of each lesson where the documents read them.
 
     Args:

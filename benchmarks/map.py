@@ -18,12 +18,12 @@ from pathlib import Path
 
 from measure import peak_megabytes, report
 
-from config import run_cli
 from search import map as picture_map
 from search.gallery import open_gallery
 from search.map import group, lay_out, middles, to_cells
 from search.run_data import embed_captions, read_data
 from search.searcher import Searcher
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 import numpy as np  # isort: skip

@@ -23,7 +23,7 @@ from torch.utils.data import Subset
 
 from captions import image_positions, load_captions
 from clip import contrastive_loss, create_model
-from config import PRESETS, run_cli
+from config import PRESETS
 from dataset import CLIPDataset, PairSampler
 from Datasets import shapes
 from embedding import token_ids
@@ -31,6 +31,7 @@ from training import gradient_cache
 from training.data import batch_loader
 from training.state import create_state
 from training.steps import train_epoch
+from utils.cli import run_cli
 from utils.device import keep_freed_memory, pick_dtype
 from utils.errors import run_command
 from utils.images import decode_images

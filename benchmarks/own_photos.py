@@ -17,13 +17,14 @@ import cv2
 import torch
 from measure import report, spread
 
-from config import run_cli
 from Datasets import shapes
 from embedding import IMAGE_BATCH, open_model
 from search.files import find_pictures
 from search.gallery import open_gallery
-from search.queries import best_matches, embed_query, newest_run
+from search.options import newest_run
+from search.queries import best_matches, embed_query
 from search.searcher import Searcher
+from utils.cli import run_cli
 from utils.device import autocast
 from utils.errors import run_command
 from utils.images import as_batch, center_crop, read_image

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from measure import ROOT, report
 
-from config import run_cli
-from search.queries import newest_run
+from search.options import newest_run
 from search.run_data import read_data
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 PORT = 7872

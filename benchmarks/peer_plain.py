@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
-from config import run_cli
+from utils.cli import run_cli
 
 MAX_LENGTH, BATCH_SIZE, EMBED_DIM = 200, 32, 256
 

@@ -19,7 +19,7 @@ from sentence_transformers.sentence_transformer.losses import CachedMultipleNega
 from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers import TrainerCallback
 
-from config import run_cli
+from utils.cli import run_cli
 
 EMBED_DIM = 256
 

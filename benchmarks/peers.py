@@ -9,7 +9,6 @@ afterwards, which does not count; this project's validation counts. The score is
 the six recalls (R@1, R@5, R@10 in both directions), at most 600.
 """
 
-import json
 import os
 import random
 import re
@@ -17,18 +16,17 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from json import dumps, loads
 from pathlib import Path
-from typing import Annotated
 
 import peer_open_clip
 import peer_plain
 import peer_sentence_transformers
-import tyro
 from measure import ROOT, report, timed_lines
 
 from captions import image_positions, load_captions
-from config import run_cli
 from evaluation.retrieval import recall
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 import torch  # isort: skip
@@ -82,7 +80,7 @@ class Contest:
         if not self.pairs.exists():
             peer_open_clip.write_model(self.model, self.image_weights, self.text_encoder, 224)
             peer_open_clip.write_shards(self.shards, pairs, self.image_dir)
-            self.pairs.write_text(json.dumps([[str(self.image_dir / name), text] for name, text in pairs]), encoding="utf-8")
+            self.pairs.write_text(dumps([[str(self.image_dir / name), text] for name, text in pairs]), encoding="utf-8")
 
     def score(self, I_e, T_e):
         return recall((T_e.float() @ I_e.float().T).numpy(), self.image_of_text)
@@ -123,7 +121,7 @@ def measure(
     weights_dir: Path,
     output: Path = Path("runs/peers"),
     minutes: float = 6,
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
+    json: str = "",
 ):
     """Trains each contender for so many minutes, and scores what it has kept. A contender whose curve is in output is not
     trained again.
@@ -133,7 +131,7 @@ def measure(
         weights_dir: folder of tf_efficientnet_lite0.safetensors and distilbert-minilm-l6
         output: folder for the runs
         minutes: for each contender
-        json_path: file for the results
+        json: file for the results
     """
     output = output.resolve()
     output.mkdir(parents=True, exist_ok=True)
@@ -145,8 +143,8 @@ def measure(
             curve = contest.ours(flags, folder) if name.startswith("this") else contest.peer(name, flags, folder)
             if not curve:
                 raise UserError(f"{name}: nothing was kept within {minutes:g} minutes; {folder} has what it printed")
-            (folder / "curve.json").write_text(json.dumps(curve), encoding="utf-8")
-        curves[name] = json.loads((folder / "curve.json").read_text(encoding="utf-8"))
+            (folder / "curve.json").write_text(dumps(curve), encoding="utf-8")
+        curves[name] = loads((folder / "curve.json").read_text(encoding="utf-8"))
         print(f"{name}: " + ", ".join(f"{seconds:.0f} s: {rsum:.1f}" for seconds, rsum in curves[name]), flush=True)
     thirds = [minutes * part / 3 for part in (1, 2, 3)]
     columns = ["trainer", "settings", *(f"rsum within {third:g} minutes" for third in thirds)]
@@ -155,7 +153,7 @@ def measure(
         for name, curve in curves.items()
     ]
     versions = ", ".join(f"{name} {version(name)}" for name in ("open_clip_torch", "sentence-transformers", "transformers"))
-    report(f"Recall after the same minutes; {versions}", columns, rows, json_path, (0,), curves)
+    report(f"Recall after the same minutes; {versions}", columns, rows, json, (0,), curves)
 
 
 def best_within(curve, limit):

@@ -19,12 +19,13 @@ import numpy as np
 from measure import report
 
 from clip import create_model
-from config import SHAPES, run_cli
+from config import SHAPES
 from dataset import CLIPDataset, PairSampler
 from training import distributed
 from training.data import batch_loader
 from training.state import create_state
 from training.steps import train_epoch
+from utils.cli import run_cli
 from utils.device import pick_dtype, speed_up_cpu
 from utils.errors import UserError, run_command
 

@@ -18,13 +18,13 @@ from pathlib import Path
 
 from measure import peak_megabytes, report
 
-from config import run_cli
 from search import index
 from search.gallery import open_gallery, read_gallery
 from search.queries import as_queries
 from search.run_data import embed_captions, read_data
 from search.searcher import Searcher
 from search.store import Store
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 import numpy as np  # isort: skip

@@ -13,7 +13,6 @@ import time
 from measure import report
 
 from captions import image_positions
-from config import run_cli
 from embedding import (
     IMAGE_BATCH,
     image_features,
@@ -29,6 +28,7 @@ from evaluation.retrieval import recall
 from evaluation.splits import select_rows
 from search.index import top_k
 from search.queries import embed_texts
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 NUM_QUERIES = 50

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from measure import ROOT, report, spread
 
-from config import run_cli
-from search.queries import newest_run
+from search.options import newest_run
+from utils.cli import run_cli
 from utils.errors import UserError, run_command
 
 NUM_LINES = 1000  # in the file of queries

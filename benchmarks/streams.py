@@ -23,12 +23,13 @@ import datasets  # noqa: F401  so that the time to import it is not counted, as 
 from measure import peak_megabytes, report, spread
 
 from captions import load_captions
-from config import SHAPES, resolve_defaults, run_cli
+from config import SHAPES, resolve_defaults
 from Datasets import shapes
 from encoders.tokenizer import train_tokenizer
 from training.data import load_splits, train_loader
-from training.shards import shards, write_shards
+from training.shards import WriteShards, shards, write_shards
 from training.stream import StreamLoader, open_stream
+from utils.cli import run_cli
 from utils.device import speed_up_cpu
 from utils.errors import UserError, run_command
 from utils.images import AREA
@@ -95,7 +96,7 @@ def measure(data_dir: Path, size: int = 224, rounds: int = 3, many: int = 100_00
     rates, memory = {"folder": [], "shards": []}, {}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        shards(str(data_dir), str(folder / "real"))
+        shards(WriteShards(str(data_dir), str(folder / "real")))
         for _ in range(rounds):
             for side, data in (("folder", data_dir), ("shards", f"{folder}/real/train-*.tar")):
                 seconds, count, _ = epoch_of(side, data, f"{folder}/real/val-*.tar", size)

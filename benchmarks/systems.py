@@ -18,8 +18,9 @@ import pandas as pd
 from measure import evaluate, report, spread, timed_lines
 
 import clip
-from config import PRESETS, SHAPES, run_cli
+from config import PRESETS, SHAPES
 from Datasets import shapes
+from utils.cli import run_cli
 from utils.errors import run_command
 
 SYSTEMS = {name: [name] for name, config in PRESETS.items() if config.data_dir == SHAPES.data_dir}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from measure import report, spread, timed_lines
 
-from config import run_cli
+from utils.cli import run_cli
 from utils.errors import run_command
 
 GOALS = (298, 312, 315, 335, 343.5, 380, 400)  # validation rsum

@@ -24,7 +24,7 @@ from measure import alternate, report, spread
 
 from captions import image_positions, load_captions
 from clip import CLIPModel, contrastive_loss
-from config import PRESETS, Config, run_cli
+from config import PRESETS, Config
 from dataset import CLIPDataset, PairSampler
 from Datasets import flickr8k, shapes
 from embedding import token_ids
@@ -35,6 +35,7 @@ from training.data import batch_loader
 from training.state import create_state
 from training.steps import train_epoch
 from utils import device as devices
+from utils.cli import run_cli
 from utils.errors import run_command
 from utils.images import decode_images
 

@@ -3,6 +3,7 @@
 compare.py    models side by side: recall, accuracy, speed and size
 geometry.py   alignment and uniformity of embeddings
 leaks.py      find pictures that are in two splits, by name or as near-duplicates
+options.py    the tasks of evaluate.py and their flags
 relevance.py  learn the score above which a picture counts as a match
 retrieval.py  Recall@K, and which of several captions matches an image
 splits.py     which images and captions are scored, and their similarities

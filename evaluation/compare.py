@@ -2,15 +2,11 @@
 
 import statistics
 import time
-from typing import Annotated, Literal
-
-import tyro
 
 from embedding import image_features, images_for, open_model, text_features, token_ids
 from evaluation.retrieval import recall
 from evaluation.splits import embed_rows, same_images, select_rows
 from evaluation.zeroshot import find_pictures, top1_accuracy
-from utils.errors import UserError
 from utils.files import write_json
 from utils.plots import draw_points
 
@@ -29,62 +25,30 @@ COLUMNS = {  # key of a row: (heading, digits)
 }
 
 
-def compare(
-    run: tuple[str, ...],
-    data_dir: str = "",
-    image_path: str = "",
-    captions_path: str = "",
-    split: Literal["train", "val", "test", "all"] = "val",
-    images: str = "",
-    classes: str = "",
-    template: tuple[str, ...] = ("a photo of a {}.",),
-    skip_bad: bool = False,
-    num_workers: int = 4,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    output: str = "compare.png",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Compares models by recall, zero-shot accuracy, speed of embedding and size, and draws recall against speed.
-
-    Args:
-        run: run folders, open_clip:MODEL@WEIGHTS, or OpenAI's names
-        data_dir: folder with Images/ and a captions file; empty: the data that each run was trained on
-        image_path: folder of the images, if it is not in data_dir
-        captions_path: captions file, if it is not in data_dir
-        split: which images to score; all: every image of the data set
-        images: folder with one subfolder of pictures per class, for zero-shot accuracy
-        classes: file of all class names, one per line; empty: the names of the subfolders
-        template: prompts with {} in place of the class name; the embeddings of several are averaged
-        skip_bad: leave out unusable rows and pictures instead of stopping
-        num_workers: threads that decode pictures
-        device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
-        output: PNG file for recall against speed
-        json_path: file for the figures
-    """
-    if len(set(run)) < 2:
-        raise UserError("--run: name at least two models to compare")
-    pictures = find_pictures(images, classes) if images else None
+def compare(options):
+    """Compares models by recall, zero-shot accuracy, speed of embedding and size, and draws recall against speed."""
+    pictures = find_pictures(options.images, options.classes) if options.images else None
     # All rows are read first, so that a missing run or data set is seen before the first model is scored.
-    chosen = {name: select_rows(name, (data_dir, image_path, captions_path), split, skip_bad) for name in dict.fromkeys(run)}
+    data_paths = options.data_dir, options.image_path, options.captions_path
+    chosen = {name: select_rows(name, data_paths, options.split, options.skip_bad) for name in dict.fromkeys(options.run)}
     chosen, results = same_images(chosen), {}
     for name, rows in chosen.items():
-        opened = open_model(name, device, precision)
-        similarity, image_of_text, captions, paths = embed_rows(opened, rows, skip_bad, num_workers)
+        opened = open_model(name, options.device, options.precision)
+        similarity, image_of_text, captions, paths = embed_rows(opened, rows, options.skip_bad, options.num_workers)
         scores = recall(similarity, image_of_text)
         row = {"images": len(paths), "rsum": scores["rsum"]}
         row |= {direction: scores[direction]["R@1"] for direction in ("image_to_text", "text_to_image")}
         if pictures:
-            row["top1"] = top1_accuracy(opened[0], pictures, template, *opened[1:], num_workers, skip_bad)
+            reading = options.num_workers, options.skip_bad
+            row["top1"] = top1_accuracy(opened[0], pictures, options.template, *opened[1:], *reading)
         results[name] = row | speeds(opened, paths, captions) | sizes(opened[0])
         print(f"{name}: rsum {row['rsum']:.1f}", flush=True)
     print("\n" + table(results))
     points = [[(row[key], 0.0) for row in results.values()] for key in ("pictures_per_second", "rsum")]
-    draw_points(list(results), *points, "pictures embedded per second", f"rsum on {split}", output)
-    print(f"drawn in {output}")
-    if json_path:
-        write_json(json_path, {"runs": results})
+    draw_points(list(results), *points, "pictures embedded per second", f"rsum on {options.split}", options.output)
+    print(f"drawn in {options.output}")
+    if options.json:
+        write_json(options.json, {"runs": results})
 
 
 def speeds(opened, paths, captions):

@@ -2,9 +2,6 @@
 
 from itertools import combinations
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from captions import load_captions
 from search.duplicates import group
@@ -29,32 +26,16 @@ def near_duplicates(paths, num_workers=0):
     return [(a.path, b.path, 0 if a.codes is None else differing_bits(a.codes, b.codes)[0]) for a, b in pairs]
 
 
-def leaks(
-    data_dir: str = "",
-    image_path: str = "",
-    captions_path: str = "",
-    num_workers: int = 4,
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Finds pictures that are in two splits: the same file name, or near-duplicates, which are the same photograph.
-
-    Args:
-        data_dir: folder with Images/ and a captions file
-        image_path: folder of the images, if it is not in data_dir
-        captions_path: captions file, if it is not in data_dir
-        num_workers: threads that decode pictures
-        json_path: file for the results
-    """
-    if not (data_dir or captions_path):
-        raise UserError("--data-dir: name the folder to check")
-    table, image_dir, _ = load_captions(data_dir, image_path, captions_path)
+def leaks(options):
+    """Finds pictures that are in two splits: the same file name, or near-duplicates, which are the same photograph."""
+    table, image_dir, _ = load_captions(options.data_dir, options.image_path, options.captions_path)
     names = {split: sorted(set(rows["image"])) for split, rows in table[table["split"] != ""].groupby("split")}
     place = {str(image_dir / name): (split, name) for split in names for name in names[split]}
     results = {"images": {split: len(names[split]) for split in names}, "same_name": [], "near_duplicates": []}
     for a, b in combinations(names, 2):
         in_a, in_b = ({Path(name).name for name in names[split]} for split in (a, b))  # without their folders
         results["same_name"] += sorted(in_a & in_b)
-    for a, b, bits in sorted(near_duplicates(place, num_workers), key=lambda pair: pair[2]):
+    for a, b, bits in sorted(near_duplicates(place, options.num_workers), key=lambda pair: pair[2]):
         found = dict(sorted([place[a], place[b]]))  # {split: name}
         if len(found) == 2:
             results["near_duplicates"].append(found | {"differing_bits": bits})
@@ -62,5 +43,5 @@ def leaks(
     print(f"in two splits: {len(results['same_name'])} file names, {len(results['near_duplicates'])} near-duplicates")
     for pair in results["near_duplicates"][:NUM_SHOWN]:
         print("  " + ", ".join(f"{key} {value}" for key, value in pair.items()))
-    if json_path:
-        write_json(json_path, results)
+    if options.json:
+        write_json(options.json, results)

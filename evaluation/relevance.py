@@ -1,16 +1,14 @@
 """Learn a run's relevance floor and match probabilities from captioned pictures: python evaluate.py calibrate --run RUN."""
 
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
+from search.options import WRONG_SHARE
 from search.queries import as_queries
-from search.relevance import WRONG_SHARE, Relevance, reference_statistics, relevance_folder
+from search.relevance import Relevance, reference_statistics, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
-from utils.images import Views
 
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
 MIN_IMAGES = 20  # fewer say too little
@@ -157,43 +155,17 @@ def relevance_line(unseen):
     )
 
 
-def calibrate(
-    run: str,
-    data_dir: str = "",
-    image_path: str = "",
-    captions_path: str = "",
-    split: Literal["train", "val", "test", "all"] = "val",
-    skip_bad: bool = False,
-    views: Views = 1,
-    cache_dir: str = ".cache",
-    num_workers: int = 4,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Learns what a run's scores mean, for searches to come: from which score on a picture matches, and how probably.
-
-    Args:
-        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names; an ensemble: several with commas between them
-        data_dir: folder with Images/ and a captions file; empty: the data that the run was trained on
-        image_path: folder of the images, if it is not in data_dir
-        captions_path: captions file, if it is not in data_dir
-        split: which images to learn from; all: every image of the data set
-        skip_bad: leave out unusable rows and pictures instead of stopping
-        views: crops of each picture to embed and average, as in the searches to come
-        cache_dir: folder where what is learned is kept for several views, an ensemble, or a model that has no run folder
-        num_workers: threads that decode pictures
-        device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
-        json_path: file for what was measured
-    """
+def calibrate(options):
+    """Learns what a run's scores mean, for searches to come: from which score on a picture matches, and how probably."""
     from embedding import open_model
     from evaluation.splits import embed_pairs, select_rows
 
-    rows = select_rows(run, (data_dir, image_path, captions_path), split, skip_bad)
-    I_v, T_v, image_of_text, _, _ = embed_pairs(open_model(run, device, precision, views), rows, skip_bad, num_workers)
-    folder = relevance_folder(run, cache_dir, views)
+    data_paths = options.data_dir, options.image_path, options.captions_path
+    rows = select_rows(options.run, data_paths, options.split, options.skip_bad)
+    opened = open_model(options.run, options.device, options.precision, options.views)
+    I_v, T_v, image_of_text, _, _ = embed_pairs(opened, rows, options.skip_bad, options.num_workers)
+    folder = relevance_folder(options.run, options.cache_dir, options.views)
     unseen = write_relevance(folder, I_v, as_queries(T_v[:, :-1]), image_of_text)
     print(f"{relevance_line(unseen)}\nwritten to {folder}")
-    if json_path:
-        write_json(json_path, unseen)
+    if options.json:
+        write_json(options.json, unseen)

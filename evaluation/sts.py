@@ -2,10 +2,8 @@
 
 import csv
 from pathlib import Path
-from typing import Annotated, Literal
 
 import scipy.stats
-import tyro
 
 from embedding import open_model, project_and_normalize, text_features, token_ids
 from utils.errors import UserError
@@ -65,26 +63,10 @@ def sts_scores(model, pairs, device, dtype):
     return correlations(ratings, (T_e[: len(pairs)] * T_e[len(pairs) :]).sum(dim=1).tolist())
 
 
-def sts(
-    run: str,
-    file: tuple[str, ...],
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Compares cosines of sentence pairs with human ratings: Spearman and Pearson correlation per file, and their average.
-
-    Args:
-        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
-        file: STS files: STS-B's, or tables of score, sentence, sentence
-        device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
-        json_path: file for the scores
-    """
-    if not file:
-        raise UserError("--file: name at least one file")
-    tables = {name: read_pairs(name) for name in file}
-    model, device, dtype = open_model(run, device, precision)
+def sts(options):
+    """Compares cosines of sentence pairs with human ratings: Spearman and Pearson correlation per file, and their average."""
+    tables = {name: read_pairs(name) for name in options.file}
+    model, device, dtype = open_model(options.run, options.device, options.precision)
     scores = {}
     for name, pairs in tables.items():
         try:
@@ -97,5 +79,5 @@ def sts(
     for name, row in scores.items():
         print(f"{name:{width}} {row['pairs']:8,} {row['spearman']:9.1f} {row['pearson']:9.1f}")
     print(f"{'average':{width}} {'':8} {average['spearman']:9.1f} {average['pearson']:9.1f}")
-    if json_path:
-        write_json(json_path, {"files": scores, "average": average})
+    if options.json:
+        write_json(options.json, {"files": scores, "average": average})

@@ -1,14 +1,11 @@
 """Twins: of two scenes whose captions have the same words in another order, which one does a caption describe?"""
 
 import random
-from typing import Annotated, Literal
 
 import torch
-import tyro
 
 from Datasets import shapes
 from embedding import image_features, open_model, project_and_normalize, text_features, token_ids
-from utils.errors import UserError
 from utils.files import write_json
 from utils.images import resize_image
 
@@ -45,29 +42,11 @@ def twin_scores(model, pairs, device, dtype, seed=0):
     )
 
 
-def twins(
-    run: str,
-    pairs: int = 1000,
-    seed: int = 0,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Scores word order: which of two drawn scenes does a caption describe, where both captions have the same words?
-
-    Args:
-        run: run folder of a model trained on the drawn sample
-        pairs: pairs of scenes to draw
-        seed: of the scenes
-        device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
-        json_path: file for the scores
-    """
-    if pairs < 1:
-        raise UserError(f"--pairs {pairs}: must be 1 or more")
-    model, device, dtype = open_model(run, device, precision)
-    scores = twin_scores(model, shapes.twin_pairs(pairs, seed), device, dtype, seed)
-    print(f"{pairs:,} pairs of twins, 2 captions each; chance {CHANCE:.0f}%")
+def twins(options):
+    """Scores word order: which of two drawn scenes does a caption describe, where both captions have the same words?"""
+    model, device, dtype = open_model(options.run, options.device, options.precision)
+    scores = twin_scores(model, shapes.twin_pairs(options.pairs, options.seed), device, dtype, options.seed)
+    print(f"{options.pairs:,} pairs of twins, 2 captions each; chance {CHANCE:.0f}%")
     print(f"accuracy {scores['accuracy']:.1f}%")
     for name, accuracy in (
         ("colours swapped", scores["color"]),
@@ -76,5 +55,5 @@ def twins(
     ):
         if accuracy is not None:
             print(f"{name:16}{accuracy:6.1f}%")
-    if json_path:
-        write_json(json_path, scores)
+    if options.json:
+        write_json(options.json, scores)

@@ -3,11 +3,9 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
-import tyro
 
 from embedding import file_features, open_model, project_and_normalize, text_features, token_ids
 from utils.errors import UserError
@@ -133,35 +131,11 @@ def class_accuracies(model, images, templates, device, dtype):
     return accuracy_per_class(names, labels, top[:, 0])
 
 
-def zeroshot(
-    run: str,
-    images: str,
-    classes: str = "",
-    template: tuple[str, ...] = ("a photo of a {}.",),
-    skip_bad: bool = False,
-    num_workers: int = 4,
-    device: str = "auto",
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    output: str = "confusion.png",
-    json_path: Annotated[str, tyro.conf.arg(name="json")] = "",
-):
-    """Classifies pictures zero-shot, by class names alone: top-1 and top-5 accuracy, and a confusion matrix.
-
-    Args:
-        run: run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
-        images: folder with one subfolder of pictures per class
-        classes: file of all class names, one per line; "n01440764 tench" or "folder<TAB>name" for folders with other names
-        template: prompts with {} in place of the class name; the embeddings of several are averaged
-        skip_bad: skip pictures that cannot be decoded instead of stopping
-        num_workers: threads that decode pictures
-        device: auto, cpu, cuda, cuda:1, mps
-        precision: of matrix products; auto: bf16 or fp16 where native, else fp32
-        output: PNG file for the confusion matrix
-        json_path: file for the scores
-    """
-    names, paths, labels = find_pictures(images, classes)
-    model, device, dtype = open_model(run, device, precision)
-    top, bad = classify(model, names, paths, template, device, dtype, num_workers, skip_bad)
+def zeroshot(options):
+    """Classifies pictures zero-shot, by class names alone: top-1 and top-5 accuracy, and a confusion matrix."""
+    names, paths, labels = find_pictures(options.images, options.classes)
+    model, device, dtype = open_model(options.run, options.device, options.precision)
+    top, bad = classify(model, names, paths, options.template, device, dtype, options.num_workers, options.skip_bad)
     labels = labels[[i for i in range(len(paths)) if i not in bad]]
     hits = top == labels[:, None]
     scores = {"images": len(labels), "classes": len(names)}
@@ -172,7 +146,7 @@ def zeroshot(
     print(f"top-1 {scores['top1']:.1f}%  top-5 {scores['top5']:.1f}%")
     counts = torch.bincount(labels * len(names) + top[:, 0], minlength=len(names) ** 2).view(len(names), -1)
     scores["class_top1"] = accuracy_per_class(names, labels, top[:, 0])
-    draw_confusion(names, counts.numpy(), output)
-    print(f"drawn in {output}")
-    if json_path:
-        write_json(json_path, scores)
+    draw_confusion(names, counts.numpy(), options.output)
+    print(f"drawn in {options.output}")
+    if options.json:
+        write_json(options.json, scores)

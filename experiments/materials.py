@@ -16,6 +16,7 @@ import GAN
 import main
 from config import SHAPES
 from Datasets import shapes
+from generation.options import GANConfig
 from training.data import read_table
 
 PRETRAINING_SEEDS = {"image": 100, "text": 101}  # of the two runs, and of the sample that they see
@@ -74,9 +75,9 @@ def generate(config, count, quick):
     seed = config.seed if config.train_images else 0  # one generator of all images serves all seeds
     main.train(replace(config, extra_data="", run_dir=run_dir, seed=seed))
     table, *_ = read_table(config)
-    steps_per_epoch = table["image"][table["split"] == "train"].nunique() // GAN.GANConfig.batch_size
+    steps_per_epoch = table["image"][table["split"] == "train"].nunique() // GANConfig.batch_size
     epochs = 1 if quick else min(MAX_GENERATOR_EPOCHS, GENERATOR_STEPS // steps_per_epoch)
     places = {"run_dir": str(pictures.parent / "generator"), "cache_dir": config.cache_dir, "output": str(pictures)}
-    generator = GAN.GANConfig(run=run_dir, epochs=epochs, device=config.device, generate=count, **places)
+    generator = GANConfig(run=run_dir, epochs=epochs, device=config.device, generate=count, **places)
     GAN.train(generator, "")
     GAN.write_pairs(generator, "")

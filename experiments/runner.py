@@ -1,4 +1,4 @@
-"""A lesson, the trainings that it asks for, and the processes that run them."""
+"""The trainings that a lesson asks for, and the processes that run them."""
 
 import concurrent.futures
 import contextlib
@@ -9,9 +9,8 @@ import os
 import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 import torch
@@ -27,25 +26,7 @@ from utils.errors import UserError, to_user_error
 from utils.files import write_json
 
 MATERIALS = ("seen_pairs", "pretrained", "generated")  # of a variant that are no settings; see experiments.materials
-QUICK = {"train_images": 600, "batch_size": 128, "epochs": 1}
 HISTORY = ["epoch", "loss", "val_loss", "temperature", "rsum"]  # columns of history.csv that a result keeps
-
-
-@dataclass(frozen=True)
-class Lesson:
-    """A question, what one may expect, and the trainings that answer it."""
-
-    question: str
-    hypothesis: str
-    variants: dict  # name: changes of the preset's Config, and materials
-    measures: tuple  # names of experiments.measures.MEASURES
-    minutes: int  # for one seed, on two CPU cores
-    preset: str = "shapes"
-    base: dict = field(default_factory=dict)  # changes for all variants on the drawn sample
-    quick: dict = field(default_factory=lambda: dict(QUICK))  # further changes with --quick
-    photographs: bool = False  # whether --data-dir may name photographs
-    timed: bool = False  # seconds are compared: one training at a time, each with a cache of its own
-    plot: Literal["bars", "points", "losses"] = "bars"  # the first measure; it against the second; the losses of each epoch
 
 
 @dataclass(frozen=True)

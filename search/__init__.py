@@ -11,6 +11,7 @@ map.html         the page of a map
 map.py           a map of a picture collection
 occlusion.py     heat maps: which parts of a picture match a text
 page/            what the browser gets: HTML, CSS and JavaScript
+options.py       the flags of inference.py and app.py
 queries.py       embed and answer queries: texts, pictures, class names
 relevance.py     the score above which a picture counts as a match
 run_data.py      the pictures and captions that a run was trained with

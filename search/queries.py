@@ -7,12 +7,11 @@ sum of texts the last number is the sum of the weights, divided as the embedding
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from search.index import top_k
-from search.relevance import WRONG_SHARE
+from search.options import WRONG_SHARE
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -160,14 +159,6 @@ def classify_embedding(model, embedding, names):
     probabilities = np.exp(logits - logits.max())
     probabilities /= probabilities.sum()
     return [(names[i], float(probabilities[i])) for i in np.argsort(-logits, kind="stable")]
-
-
-def newest_run():
-    """The run folder in runs/ that was trained last. Raises UserError if there is none."""
-    weights = sorted(Path("runs").glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-    if not weights:
-        raise UserError("runs/ holds no trained run; train one with python main.py, or name one with --run")
-    return str(weights[-1].parent)
 
 
 def read_queries(path):

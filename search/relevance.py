@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from config import HUBNESS_FILE, run_names
-from utils.cache import KEPT, cache_key, file_stats
+from utils.cache import KEPT, cache_key, file_stats, write_array
 from utils.errors import UserError
-from utils.files import write_array, write_json
+from utils.files import write_json
 
 JSON_FILE, REFERENCES_FILE = "relevance.json", "references.npy"  # in a run folder
-WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
 
 
 @dataclass

@@ -6,8 +6,8 @@ import numpy as np
 
 from captions import load_captions
 from config import is_model_name, is_stream, load_run, run_names
+from utils.cache import write_array
 from utils.errors import UserError
-from utils.files import write_array
 
 
 def read_data(run):

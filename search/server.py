@@ -21,8 +21,8 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from search.gallery import Filters
+from search.options import WRONG_SHARE
 from search.queries import best_captions, best_matches, blend, classify_embedding, embed_query, judge
-from search.relevance import WRONG_SHARE
 from utils.errors import UserError
 from utils.files import read_bytes
 from utils.formats import decode

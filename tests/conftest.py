@@ -23,9 +23,11 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import inference
 import main
 from config import parse_config
 from Datasets import shapes
+from search.options import read_search
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
@@ -62,14 +64,15 @@ def forked():
 
 
 @pytest.fixture
-def evaluate_here(monkeypatch):
+def evaluate_here():
     """Runs `python evaluate.py ARGUMENTS` in this process, which has its imports behind it."""
+    return lambda *arguments: evaluate.main(list(map(str, arguments)))
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, arguments)])
-        evaluate.main()
 
-    return run
+@pytest.fixture
+def search_here():
+    """Runs `python inference.py ARGUMENTS` in this process."""
+    return lambda *arguments: inference.search(read_search(list(map(str, arguments))))
 
 
 @pytest.fixture(scope="session")

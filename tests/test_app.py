@@ -22,6 +22,7 @@ import app
 from search import queries, server, update
 from search.files import find_pictures
 from search.live import LiveGallery
+from search.options import Page
 from search.searcher import Searcher
 from utils.errors import UserError
 
@@ -342,4 +343,4 @@ def test_a_port_in_use_is_named(run, tmp_path):
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=f"--host 127.0.0.1 --port {port}: cannot be opened"):
-            app.serve(str(run), port=port, cache_dir=str(tmp_path))
+            app.serve(Page(str(run), port=port, cache_dir=str(tmp_path)))

@@ -6,6 +6,7 @@ import types
 import pytest
 
 import main
+from config import parse_config
 from Datasets import flickr8k
 from utils.errors import UserError
 
@@ -43,8 +44,7 @@ def test_download_trains_on_what_kagglehub_fetched(monkeypatch):
     trained = []
     monkeypatch.setattr(main, "train", trained.append)
     for words in (["flickr8k", "--download"], ["--download"]):
-        monkeypatch.setattr(sys, "argv", ["main.py", *words])
-        main.main()
+        main.main(*parse_config(words))
     assert [config.data_dir for config in trained] == ["/fetched/adityajn105/flickr8k"] * 2
 
 
@@ -54,15 +54,13 @@ def test_without_a_network_it_says_what_to_do_by_hand(monkeypatch):
 
     kagglehub(monkeypatch, fetch)
     for flags in (["--download"], []):
-        monkeypatch.setattr(sys, "argv", ["main.py", "flickr8k", *flags])
         with pytest.raises(UserError, match=r"kaggle\.com/datasets/adityajn105/flickr8k.*--data-dir"):
-            main.main()
+            main.main(*parse_config(["flickr8k", *flags]))
 
 
 def test_data_that_is_there_decides_the_preset(monkeypatch, tmp_path):
     trained = []
     monkeypatch.setattr(main, "train", trained.append)
     monkeypatch.setattr(flickr8k, "find", lambda: str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["main.py"])
-    main.main()
+    main.main(*parse_config([]))
     assert trained[0].image_encoder == "resnet50" and trained[0].data_dir == str(tmp_path)

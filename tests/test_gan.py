@@ -19,6 +19,7 @@ from config import parse_config
 from dataset import PairSampler
 from generation.joint import Joint
 from generation.networks import IMAGE_SIZE, discriminator_loss, generator_loss, gradient_penalty
+from generation.options import GANConfig
 from training.checkpoint import lock_run_dir
 from utils import files as storage
 from utils.device import autocast
@@ -140,7 +141,7 @@ def test_generated_pairs_carry_training_captions_only(pairs, sample, run):
 def test_a_generator_sees_no_image_that_its_run_did_not(small_flags, tmp_path):
     flags = small_flags(train_images=40, epochs=1, batch_size=20)
     main.train(parse_config(flags, "shapes")[0])
-    source = GAN.read_captions_and_encoder(GAN.GANConfig(run=str(tmp_path / "run"), device="cpu"), "")
+    source = GAN.read_captions_and_encoder(GANConfig(run=str(tmp_path / "run"), device="cpu"), "")
     seen = pd.read_csv(tmp_path / "run" / "splits.csv")
     names = set(source.table["image"][source.table["split"] == "train"])
     assert len(names) == 40 and names == set(seen["image"][seen["split"] == "train"])

@@ -16,6 +16,7 @@ from captions import load_captions
 from Datasets import shapes
 from search import index, queries, run_data
 from search.occlusion import occlusion_map
+from search.options import read_search
 from utils.errors import UserError
 
 
@@ -101,7 +102,7 @@ def test_find_matches_ranks_by_cosine_and_gives_what_there_is(run):
 
 
 def search(*flags):
-    inference.main(list(map(str, flags)))
+    inference.search(read_search(list(map(str, flags))))
 
 
 def test_large_galleries_are_searched_through_an_index_that_stays(run, tmp_path, monkeypatch, capsys):
@@ -246,7 +247,7 @@ def test_bad_searches_are_named(run, tmp_path, monkeypatch, capsys, problem):
     places = {"RUN": str(run), "EMPTY": str(tmp_path)}
     flags = [places.get(argument, argument) for argument in arguments]
     with pytest.raises(UserError, match=expected):
-        inference.main(flags)
+        inference.search(read_search(flags))
     assert list(tmp_path.iterdir()) == []
 
 

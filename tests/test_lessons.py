@@ -11,9 +11,10 @@ from conftest import run_script
 
 import lessons
 from captions import load_captions
-from config import PRESETS, SHAPES, run_cli
+from config import PRESETS, SHAPES
 from Datasets import shapes
 from experiments import materials, measures, report, runner
+from experiments.lesson import Learn, Lesson
 from utils.errors import UserError
 
 TINY = {"text_width": 16, "text_layers": 1, "text_heads": 1, "batch_size": 32, "epochs": 1, "size": 32}
@@ -25,7 +26,7 @@ def lesson(sample, tmp_path, monkeypatch):
     base = TINY | {"data_dir": str(sample), "cache_dir": str(tmp_path / "cache")}
     variants = {"learned": {}, "fixed at 0.2": {"temperature": 0.2}}
     measured = ("rsum", "last temperature", "twins, percent", "alignment", "uniformity", "STS, Spearman", "seconds in all")
-    tiny = runner.Lesson("Must it?", "Perhaps.", variants, measured, minutes=1, base=base, quick={"epochs": 1})
+    tiny = Lesson("Must it?", "Perhaps.", variants, measured, minutes=1, base=base, quick={"epochs": 1})
     monkeypatch.setitem(lessons.LESSONS, "tiny", tiny)
     monkeypatch.setattr(measures, "NUM_TWINS", 10)
     trained = []
@@ -41,7 +42,7 @@ def lesson(sample, tmp_path, monkeypatch):
 
 def test_a_lesson_trains_each_variant_with_each_seed_once_and_reports(lesson, tmp_path, capsys):
     output = tmp_path / "out"
-    lessons.learn("tiny", seeds=(0, 1), output=str(output), device="cpu")
+    lessons.learn(Learn("tiny", seeds=(0, 1), output=str(output), device="cpu"))
     names = ("learned", "fixed at 0.2")
     assert lesson == [(name, seed) for seed in (0, 1) for name in names]
     results = json.loads((output / "results.json").read_text(encoding="utf-8"))
@@ -51,13 +52,13 @@ def test_a_lesson_trains_each_variant_with_each_seed_once_and_reports(lesson, tm
     assert [run["measured"]["last temperature"] for run in fixed] == pytest.approx([0.2, 0.2])
     table = (output / "table.md").read_text(encoding="utf-8")
     assert table in capsys.readouterr().out and table.count("\n") == 4 and " ± " in table
-    lessons.learn("tiny", seeds=(0, 1, 2), output=str(output), device="cpu")
+    lessons.learn(Learn("tiny", seeds=(0, 1, 2), output=str(output), device="cpu"))
     assert lesson[4:] == [(name, 2) for name in names]  # the others are there already
-    lessons.learn("tiny", seeds=(2,), output=str(output), device="cpu", force=True)
+    lessons.learn(Learn("tiny", seeds=(2,), output=str(output), device="cpu", force=True))
     assert len(lesson) == 8
     changed = replace(lessons.LESSONS["tiny"], base=lessons.LESSONS["tiny"].base | {"weight_decay": 0.5})
     lessons.LESSONS["tiny"] = changed
-    lessons.learn("tiny", seeds=(2,), output=str(output), device="cpu")
+    lessons.learn(Learn("tiny", seeds=(2,), output=str(output), device="cpu"))
     assert len(lesson) == 10  # with other settings what is there does not count
 
 
@@ -89,7 +90,7 @@ def test_what_is_unknown_or_cannot_be_written_is_a_users_mistake(tmp_path):
         (["loss", "--data-dir", tmp_path, "--weights-dir", tmp_path], "image.safetensors is missing there"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
-            run_cli(lessons.learn, "lessons.py", [*map(str, arguments), "--output", str(tmp_path / "out")])
+            lessons.read_lesson([*map(str, arguments), "--output", str(tmp_path / "out")])
     (tmp_path / "file").write_text("")
     process = run_script("lessons.py", "loss", "--output", tmp_path / "file" / "out")
     assert process.returncode == 2 and "Traceback" not in process.stderr
@@ -97,7 +98,9 @@ def test_what_is_unknown_or_cannot_be_written_is_a_users_mistake(tmp_path):
 
 
 def test_without_a_name_the_lessons_are_listed(capsys):
-    lessons.learn()
+    with pytest.raises(SystemExit) as ended:
+        lessons.read_lesson([])
+    assert not ended.value.code
     shown = capsys.readouterr().out
     assert all(name in shown and lesson.question in shown for name, lesson in lessons.LESSONS.items())
 
@@ -105,7 +108,7 @@ def test_without_a_name_the_lessons_are_listed(capsys):
 def test_training_in_a_pool_is_training_here(sample, tmp_path):
     """Two jobs in the pool's processes; their results are files."""
     base = TINY | {"data_dir": str(sample), "cache_dir": str(tmp_path / "cache")}
-    lesson = runner.Lesson("?", "!", {"a": {}, "b": {"temperature": 0.2}}, ("rsum",), minutes=1, base=base)
+    lesson = Lesson("?", "!", {"a": {}, "b": {"temperature": 0.2}}, ("rsum",), minutes=1, base=base)
     jobs = runner.make_jobs(lesson, "shapes", {"device": "cpu"}, (0,), tmp_path, quick=False)
     runner.train_all(jobs, 2)
     assert all(job.result()["measured"]["rsum"] > 0 for job in jobs)
@@ -122,7 +125,7 @@ def test_what_a_lesson_needs_is_made_once_and_used(sample, tmp_path, monkeypatch
     }
     base = TINY | {"data_dir": str(sample), "cache_dir": str(tmp_path / "cache")}
     measured = ("rsum", "unseen pairs, 1 prompt", "seen pairs, 5 prompts")
-    lesson = runner.Lesson("?", "!", variants, measured, minutes=1, base=base, quick={"epochs": 1})
+    lesson = Lesson("?", "!", variants, measured, minutes=1, base=base, quick={"epochs": 1})
     jobs = runner.make_jobs(lesson, "shapes", {"device": "cpu"}, (0,), tmp_path, quick=True)
     runner.prepare(jobs, tmp_path, quick=True)
     pretrained, generated, ten_pairs = jobs

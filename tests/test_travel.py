@@ -20,6 +20,7 @@ import inference
 from config import PRESETS, resolve_defaults
 from encoders.tokenizer import tokenize
 from search.export import export_onnx
+from search.options import read_search
 from training.model_card import write_card
 from utils.errors import UserError
 
@@ -138,7 +139,7 @@ def check_onnx(model, folder):
 
 def test_onnx_files_give_the_same_embeddings(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
-    inference.main(["--export", "onnx", "--run", str(tmp_path / "run")])
+    inference.search(read_search(["--export", "onnx", "--run", str(tmp_path / "run")]))
     check_onnx(clip.load(run, "cpu")[0], tmp_path / "run")
 
 

@@ -3,20 +3,43 @@
 A shard is a tar file in the WebDataset layout: KEY.jpg, and KEY.txt with a caption in each line.
 """
 
-import io
 import sys
+from dataclasses import dataclass, field
+
+from utils.cli import POSITIONAL, run_cli
+from utils.errors import UserError, run_command
+
+
+@dataclass
+class WriteShards:
+    """Writes a folder of captioned pictures into shards: OUT/train-000000.tar and so on, and the same for val and test."""
+
+    data: str = field(metadata=POSITIONAL)  # folder with Images/ and a captions file
+    output: str = field(metadata=POSITIONAL)  # new folder for the shards
+    size: int = 0  # scale larger pictures down to this shorter side, in pixels; 0: keep the files as they are
+    per_shard: int = 1000  # pictures in a shard
+    seed: int = 0  # of the order of the pictures
+    skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping
+    num_workers: int = 4  # threads that read and scale pictures
+
+    def __post_init__(self):
+        if self.per_shard < 1 or self.size < 0:
+            raise UserError(f"--per-shard {self.per_shard}, --size {self.size}: must be at least 1 and at least 0")
+
+
+if __name__ == "__main__":  # before the imports below, which take seconds to load
+    OPTIONS = run_command(run_cli, WriteShards, "-m training.shards", sys.argv[1:])
+
+import io
 import tarfile
 from functools import partial
 from pathlib import Path
 
 import cv2
 import numpy as np
-import tyro
 from tqdm import tqdm
 
 from captions import SPLIT_LISTS, load_captions
-from config import run_cli
-from utils.errors import UserError, run_command
 from utils.files import atomic_dir
 from utils.formats import decode
 from utils.images import read_ahead, resize_image
@@ -69,46 +92,28 @@ def write_shards(folder, split, captions_of, per_shard, pictures):
     return count, bad
 
 
-def shards(
-    data: tyro.conf.Positional[str],
-    output: tyro.conf.Positional[str],
-    size: int = 0,
-    per_shard: int = 1000,
-    seed: int = 0,
-    skip_bad: bool = False,
-    num_workers: int = 4,
-):
-    """Writes a folder of captioned pictures into shards: OUT/train-000000.tar and so on, and the same for val and test.
-
-    Args:
-        data: folder with Images/ and a captions file
-        output: new folder for the shards
-        size: scale larger pictures down to this shorter side, in pixels; 0: keep the files as they are
-        per_shard: pictures in a shard
-        seed: of the order of the pictures
-        skip_bad: leave out unusable rows and pictures instead of stopping
-        num_workers: threads that read and scale pictures
-    """
-    if per_shard < 1 or size < 0:
-        raise UserError(f"--per-shard {per_shard}, --size {size}: must be at least 1 and at least 0")
-    folder = Path(output)
+def shards(options):
+    """What `python -m training.shards` does. options: a `WriteShards`."""
+    folder = Path(options.output)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder}: is there already; name a new folder")
-    table, image_dir, skipped = load_captions(data, skip_bad=skip_bad)
-    rng, lines = np.random.default_rng(seed), []
+    table, image_dir, skipped = load_captions(options.data, skip_bad=options.skip_bad)
+    rng, lines = np.random.default_rng(options.seed), []
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with atomic_dir(folder) as temporary:
             for split in SPLIT_LISTS:
                 captions_of = table[table["split"] == split].groupby("image")["caption"].agg(list).to_dict()
                 names = rng.permutation(sorted(captions_of)).tolist()
-                pictures = read_ahead(partial(shard_picture, size=size), [image_dir / name for name in names], num_workers)
+                pictures = read_ahead(
+                    partial(shard_picture, size=options.size), [image_dir / name for name in names], options.num_workers
+                )
                 captions = [captions_of[name] for name in names]
-                count, bad = write_shards(temporary, split, captions, per_shard, pictures)
+                count, bad = write_shards(temporary, split, captions, options.per_shard, pictures)
                 skipped += bad
-                if bad and not skip_bad:
+                if bad and not options.skip_bad:
                     raise UserError(f"{bad[0]}; fix or remove it, or pass --skip-bad")
-                lines += [f"{-(-count // per_shard)} of {split}, {count:,} pictures"] if count else []
+                lines += [f"{-(-count // options.per_shard)} of {split}, {count:,} pictures"] if count else []
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error.strerror}); free space, or name another folder") from None
     print(f"{folder}: shards: {'; '.join(lines)}; left out: {len(skipped)}")
@@ -116,4 +121,4 @@ def shards(
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(shards, "-m training.shards", sys.argv[1:]))
+    run_command(shards, OPTIONS)

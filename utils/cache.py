@@ -4,17 +4,33 @@ It holds decoded pictures, features of frozen encoders and embeddings, as comput
 of it can be computed again. Each run folder's cache.txt lists what the run used.
 """
 
+import sys
+from dataclasses import dataclass
+
+from utils.cli import run_cli
+from utils.errors import UserError, run_command
+
+
+@dataclass
+class Cache:
+    """Lists what is in the cache folder, and deletes what no run uses."""
+
+    cache_dir: str = ".cache"  # the cache folder
+    runs: tuple[str, ...] = ("runs",)  # folders to look for runs in, with their subfolders
+    delete: bool = False  # delete what none of these runs uses
+
+
+if __name__ == "__main__":
+    OPTIONS = run_command(run_cli, Cache, "-m utils.cache", sys.argv[1:])
+
 import hashlib
 import os
 import shutil
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
-from config import run_cli
-from utils.errors import UserError, run_command
 from utils.files import atomic_write, remove_leftovers
 
 
@@ -71,6 +87,16 @@ def tensors_key(tensors):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().numpy().data)
     return digest.hexdigest()[:20]
+
+
+def write_array(path, array):
+    """Writes a NumPy array as a .npy file, atomically."""
+
+    def write(temporary):
+        with open(temporary, "wb") as file:  # else NumPy adds an ending to the name
+            np.save(file, array)
+
+    atomic_write(path, write)
 
 
 def cached_tensor(path, shape, dtype, compute, remedy="delete what is in it"):
@@ -131,20 +157,14 @@ def cache_line(cache_dir):
     return f"{cache_dir} holds {size:.1f} GB for later runs; python -m utils.cache shows what no run uses"
 
 
-def cache(cache_dir: str = ".cache", runs: tuple[str, ...] = ("runs",), delete: bool = False):
-    """Lists what is in the cache folder, and deletes what no run uses.
-
-    Args:
-        cache_dir: the cache folder
-        runs: folders to look for runs in, with their subfolders
-        delete: delete what none of these runs uses
-    """
-    folder = Path(cache_dir)
+def cache(options):
+    """What `python -m utils.cache` does. options: a `Cache`."""
+    folder = Path(options.cache_dir)
     if not folder.is_dir():
-        raise UserError(f"--cache-dir {cache_dir}: no such folder")
+        raise UserError(f"--cache-dir {options.cache_dir}: no such folder")
     remove_leftovers(folder)
     users = defaultdict(list)
-    for uses in sorted(path for name in runs for path in Path(name).rglob(USES_FILE)):
+    for uses in sorted(path for name in options.runs for path in Path(name).rglob(USES_FILE)):
         for stem in uses.read_text(encoding="utf-8").split():
             users[stem].append(str(uses.parent))
     unused = 0
@@ -155,16 +175,16 @@ def cache(cache_dir: str = ".cache", runs: tuple[str, ...] = ("runs",), delete: 
         print(f"{size / 1e9:8.2f} GB  {path.name}  {', '.join(used_by) if used_by else 'used by no run'}")
         if not used_by:
             unused += size
-            if delete and path.is_dir():
+            if options.delete and path.is_dir():
                 shutil.rmtree(path)
-            elif delete:
+            elif options.delete:
                 path.unlink()
-    places = ", ".join(runs)
-    if delete:
+    places = ", ".join(options.runs)
+    if options.delete:
         print(f"deleted {unused / 1e9:.2f} GB that no run in {places} used")
     else:
         print(f"{unused / 1e9:.2f} GB are used by no run in {places}; --delete deletes them")
 
 
 if __name__ == "__main__":
-    run_command(lambda: run_cli(cache, "-m utils.cache", sys.argv[1:]))
+    run_command(cache, OPTIONS)

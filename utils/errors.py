@@ -1,6 +1,7 @@
 """Turn user mistakes, SIGTERM, out-of-memory and lost processes into clear messages."""
 
 import contextlib
+import importlib.util
 import io
 import os
 import re
@@ -18,34 +19,49 @@ class UserError(Exception):
         return "".join(c if c.isprintable() else " " for c in super().__str__())  # file names may have control characters
 
 
-def run_command(main):
-    """Calls main(); a `UserError` or a failing file ends the program with one line and exit status 2, Ctrl-C with 130.
+def run_command(function, *arguments):
+    """function(*arguments), in a command: an error that the user can fix ends the program with one line.
 
-    A closed output pipe, as after `| head`, ends it with status 1 and no message. Characters that the output's encoding
-    lacks (cp1252 on Windows has no Japanese) are replaced.
+    A script calls this twice: to read its arguments, before it imports what takes seconds to load, and to act on them. An
+    error between the two, such as a missing package, ends it likewise. Characters that the output's encoding lacks (cp1252 on
+    Windows has no Japanese) are replaced.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    sys.excepthook = end_command
     try:
-        try:
-            main()
-        finally:
-            sys.stdout.flush()  # now, because an error while Python exits cannot be caught
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
+        return function(*arguments)
+    finally:
+        sys.stdout.flush()  # now, because an error while Python exits cannot be caught
+
+
+def is_missing(module):
+    """Whether a package is not installed; else an import that failed is of our own modules, or of a part of a package."""
+    return bool(module) and not importlib.util.find_spec(module.partition(".")[0])
+
+
+def end_command(kind, error, traceback):
+    """Ends the program as an error asks for: exit status 2 and one line for what the user can fix, 130 for Ctrl-C.
+
+    A closed output pipe, as after `| head`, ends it with status 1 and no message. Any other error is a fault of this program,
+    and its traceback is printed. The arguments are those of `sys.excepthook`.
+    """
+    if isinstance(error, UserError):
+        line, status = f"error: {error}", 2
+    elif isinstance(error, ModuleNotFoundError) and is_missing(error.name):
+        line, status = f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
+    elif isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the remaining output
         sys.exit(1)
-    except OSError as error:
-        if not error.filename:
-            raise
-        print(f"error: {error.filename}: {error.strerror}; fix that, then run the command again", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt as interrupt:
-        print(f"\nstopped; {interrupt}" if interrupt.args else "\nstopped", file=sys.stderr)
-        sys.exit(130)
+    elif isinstance(error, OSError) and error.filename:
+        line, status = f"error: {error.filename}: {error.strerror}; fix that, then run the command again", 2
+    elif isinstance(error, KeyboardInterrupt):
+        line, status = f"\nstopped; {error}" if error.args else "\nstopped", 130
+    else:
+        return sys.__excepthook__(kind, error, traceback)
+    print(line, file=sys.stderr)
+    sys.exit(status)
 
 
 TERMINATED = 128 + signal.SIGTERM  # exit status of a process that was ended by this signal, as schedulers expect

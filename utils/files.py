@@ -14,8 +14,6 @@ import tarfile
 import time
 from pathlib import Path
 
-import numpy as np
-
 from utils.errors import UserError
 
 REPLACE_TIMEOUT = 5  # seconds; on Windows a virus scanner or a spreadsheet may keep a file open
@@ -122,16 +120,6 @@ def write_json(path, value):
 def digest(contents):
     """A hash of a file's bytes, by which it is recognised under another name."""
     return hashlib.blake2b(contents, digest_size=16).digest()
-
-
-def write_array(path, array):
-    """Writes a NumPy array as a .npy file, atomically."""
-
-    def write(temporary):
-        with open(temporary, "wb") as file:  # else NumPy adds an ending to the name
-            np.save(file, array)
-
-    atomic_write(path, write)
 
 
 def read_text(path, flag="--data-dir"):

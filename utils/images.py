@@ -9,7 +9,6 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import cv2
 import numpy as np
@@ -27,7 +26,6 @@ VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, Ope
 AREA = "shortest area"  # how images are resized for an encoder, unless it was trained on another way
 PREFETCH = 256  # images decoded ahead
 NUM_SHOWN = 3  # bad images listed in an error
-Views = Literal[1, 2, 4]  # of `view_crops`
 CLOSER = 0.85  # side of a closer crop, as a share of the centre crop's
 NUM_MEASURED = 50  # pictures whose decoded size stands for that of all
 

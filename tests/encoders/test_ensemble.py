@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import cv2
 import numpy as np
@@ -17,6 +16,7 @@ import inference
 from config import HUBNESS_FILE
 from embedding import image_features, open_model, pair_scores, picture_vectors, text_features, text_vectors, token_ids
 from encoders.hubness import Hubness
+from search.options import read_search
 from search.queries import embed_texts
 from search.searcher import Searcher
 from utils.errors import UserError
@@ -112,21 +112,19 @@ def test_a_name_that_is_missing_between_commas_and_an_export_of_several_are_refu
     with pytest.raises(UserError, match="a name is missing between the commas"):
         open_model(f"{run},", "cpu", "fp32")
     with pytest.raises(UserError, match="--export: writes one run"):
-        inference.main(["--export", "onnx", "--run", f"{run},{other}"])
+        inference.search(read_search(["--export", "onnx", "--run", f"{run},{other}"]))
 
 
 def test_an_ensemble_is_scored_and_calibrated_and_then_has_a_floor(run, other, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py"])
     flags = ["--run", f"{run},{other}", "--views", "2"]
     search = ["a red circle", *flags, "--cache-dir", str(tmp_path), "--output", str(tmp_path / "m.png")]
-    inference.main(search)
+    inference.search(read_search(search))
     assert f"python evaluate.py calibrate --run {run},{other} --views 2 learns it" in capsys.readouterr().out
     for task in (["retrieval"], ["calibrate", "--cache-dir", str(tmp_path)]):
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *task, *flags])
-        evaluate.main()
+        evaluate.main([*task, *flags])
     said = capsys.readouterr().out
     assert "val: 24 images, 120 captions" in said and "relevance floor: on 12 images" in said
-    inference.main(search)
+    inference.search(read_search(search))
     assert "calibrate" not in capsys.readouterr().out
 
 

@@ -23,6 +23,7 @@ from embedding import file_features, text_features, token_ids
 from encoders.openclip import build_open_clip, split_name
 from encoders.tokenizer import openai_tokenizer, train_tokenizer
 from search.export import export_onnx
+from search.options import read_search
 from training.adapters import add_adapters, merged
 from utils.cache import model_key
 from utils.errors import UserError
@@ -304,11 +305,11 @@ def test_an_onnx_file_gives_the_embeddings(family, families, tmp_path):
 
 def test_a_name_is_searched_with(families, sample, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    query = {"query": ("a red circle",), "run": name_of(families, "siglip"), "device": "cpu"}
-    inference.search(inference.Search(**query, images=str(sample / "Images"), n=2))
+    query = ["a red circle", "--run", name_of(families, "siglip"), "--device", "cpu"]
+    inference.search(read_search([*query, "--images", str(sample / "Images"), "--n", "2"]))
     assert (tmp_path / "matches.png").exists() and "144 pictures" in capsys.readouterr().out
     with pytest.raises(UserError, match="has no pictures and captions of its own; name a folder"):
-        inference.search(inference.Search(**query))
+        inference.search(read_search(query))
 
 
 def test_names_and_checkpoints_that_do_not_fit_are_named(families, tmp_path):

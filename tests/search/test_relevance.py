@@ -9,6 +9,7 @@ import pytest
 import inference
 from evaluation.relevance import fit_relevance, label_pairs, measure_relevance, write_relevance
 from search import relevance
+from search.options import read_search
 from search.queries import judge
 from search.relevance import Relevance, load_relevance
 from utils.errors import UserError
@@ -104,16 +105,16 @@ def test_a_search_says_when_nothing_matches(run, tmp_path, capsys):
     learned = json.loads((run / relevance.JSON_FILE).read_text())
     out_of_reach = learned | {"floors": [floor + 1000 for floor in learned["floors"]]}
     (run / relevance.JSON_FILE).write_text(json.dumps(out_of_reach))
-    inference.main(["a red circle", *flags])
+    inference.search(read_search(["a red circle", *flags]))
     strict = json.loads((tmp_path / "f").read_text())
     assert "nothing here matches (best guess below)" in capsys.readouterr().out
-    inference.main(["a red circle", "--floor", "0", *flags])
+    inference.search(read_search(["a red circle", "--floor", "0", *flags]))
     everything = json.loads((tmp_path / "f").read_text())
     assert strict["matches"] == [] and len(everything["matches"]) == 9
     assert all(0 <= match["probability"] <= 1 for match in everything["matches"])
     assert strict["best_guess"]["filename"] == everything["matches"][0]["filename"]
     assert strict["best_guess"]["score"] == pytest.approx(everything["matches"][0]["score"], abs=1e-6)
-    inference.main(["a red circle", "--floor", "0", "--more", "1", "--n", "3", *flags])
+    inference.search(read_search(["a red circle", "--floor", "0", "--more", "1", "--n", "3", *flags]))
     assert json.loads((tmp_path / "f").read_text())["matches"] == everything["matches"][3:6]
 
 

@@ -10,13 +10,15 @@ from conftest import ROOT
 
 import clip
 import inference
+from search.options import Search, read_search
 from search.queries import embed_texts
 from search.searcher import Searcher
 
 TEXTS = ["a red circle", "a large blue star left of a small ring", "star " * 190]
 QUERY = """
 import sys, inference
-inference.main(sys.argv[1:])
+from search.options import read_search
+inference.search(read_search(sys.argv[1:]))
 print("loaded:", *sorted({"torch", "transformers", "timm", "albumentations", "pandas"} & sys.modules.keys()))
 """
 
@@ -79,12 +81,14 @@ def test_words_and_a_picture_count_the_same(run, sample, tmp_path):
     picture = sorted((sample / "Images").iterdir())[5]
     flags = ["--run", run, "--images", sample / "Images", "--cache-dir", tmp_path, "--output", tmp_path / "m.png"]
     flags = list(map(str, flags))
-    inference.main(["a blue star", "--similar-to", str(picture), "--n", "200", "--json", str(tmp_path / "found"), *flags])
-    found = json.loads((tmp_path / "found").read_text())
+    json_file = tmp_path / "found"
+    words = ["a blue star", "--similar-to", str(picture), "--n", "200", "--json", str(json_file)]
+    inference.search(read_search([*words, *flags]))
+    found = json.loads(json_file.read_text())
     assert found["query"] == f"a blue star like {picture.name}"
     searcher = Searcher(run, "cpu", "fp32", tmp_path)
     text, like = embed_texts(searcher, ["a blue star"])[0], searcher.embed_file(picture)
-    options = inference.Search(images=str(sample / "Images"))
+    options = Search(query=("a",), images=str(sample / "Images"))
     gallery = inference.find_gallery(searcher, options)
     vectors = gallery.vectors[gallery.rows].astype(np.float32)
     both = vectors @ text / (vectors @ text).std() + vectors @ like / (vectors @ like).std()

@@ -21,7 +21,7 @@ from conftest import flags_for_small
 
 import dataset
 import main
-from config import Config
+from config import Config, parse_config
 from training import checkpoint, distributed, steps
 from training.checkpoint import load_latest, lock_run_dir, write_checkpoint
 from utils import images
@@ -38,7 +38,10 @@ def be_main(arguments, errors, prepare, *values):
     with open(os.devnull, "w") as sys.stdout, open(errors, "w", buffering=1) as sys.stderr:
         if prepare:
             prepare(*values)
-        run_command(main.main)
+        try:
+            run_command(lambda: main.main(*parse_config(arguments)))
+        except (Exception, KeyboardInterrupt):  # a process of multiprocessing would not pass it on to the hook
+            sys.excepthook(*sys.exc_info())
 
 
 @pytest.fixture

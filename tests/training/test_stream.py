@@ -26,7 +26,7 @@ from training import distributed, shard_reader, stream
 from training.checkpoint import read_checkpoint, write_checkpoint
 from training.plan import print_plan
 from training.shard_reader import Shards, load_index
-from training.shards import shard_picture
+from training.shards import WriteShards, shard_picture
 from training.shards import shards as write_shards
 from training.stream import StreamLoader, open_stream
 from utils.errors import UserError
@@ -37,7 +37,7 @@ from utils.files import expand
 def written(sample, tmp_path_factory):
     """The sample in shards of 20 pictures: five of the training images, the last with 16."""
     folder = tmp_path_factory.mktemp("written") / "shards"
-    write_shards(str(sample), str(folder), per_shard=20)
+    write_shards(WriteShards(str(sample), str(folder), per_shard=20))
     return folder
 
 
@@ -94,8 +94,8 @@ def test_shards_hold_each_picture_once_with_its_captions_and_its_bytes(written, 
 
 
 def test_large_pictures_are_scaled_down_and_small_ones_are_left(sample, tmp_path):
-    write_shards(str(sample), str(tmp_path / "small"), size=48)
-    write_shards(str(sample), str(tmp_path / "large"), size=200)
+    write_shards(WriteShards(str(sample), str(tmp_path / "small"), size=48))
+    write_shards(WriteShards(str(sample), str(tmp_path / "large"), size=200))
     small = next(Shards(f"{tmp_path}/small/train-000000.tar").read(0))
     large = next(Shards(f"{tmp_path}/large/train-000000.tar").read(0))
     assert Image.open(io.BytesIO(small.picture)).size == (48, 48) and small.captions == large.captions
@@ -112,7 +112,7 @@ def test_heic_pictures_become_jpegs_that_are_no_larger(tmp_path, size):
 
 def test_a_folder_that_is_there_is_not_written_over(sample, written):
     with pytest.raises(UserError, match="is there already; name a new folder"):
-        write_shards(str(sample), str(written))
+        write_shards(WriteShards(str(sample), str(written)))
 
 
 def test_a_broken_picture_is_named_and_leaves_nothing_behind(sample, tmp_path):
@@ -120,9 +120,9 @@ def test_a_broken_picture_is_named_and_leaves_nothing_behind(sample, tmp_path):
     broken = sorted((tmp_path / "data" / "Images").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:300])
     with pytest.raises(UserError, match=f"{broken.name}.*--skip-bad"):
-        write_shards(str(tmp_path / "data"), str(tmp_path / "shards"))
+        write_shards(WriteShards(str(tmp_path / "data"), str(tmp_path / "shards")))
     assert not list(tmp_path.glob("shards*"))
-    write_shards(str(tmp_path / "data"), str(tmp_path / "shards"), skip_bad=True)
+    write_shards(WriteShards(str(tmp_path / "data"), str(tmp_path / "shards"), skip_bad=True))
     index = load_index(Shards(f"{tmp_path}/shards/*.tar"), tmp_path / "cache")
     assert sum(index.counts) == 143 and not index.problems
 
@@ -442,5 +442,5 @@ def test_a_full_disk_leaves_no_shards(sample, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tarfile.TarFile, "addfile", full)
     with pytest.raises(UserError, match="cannot be written .*No space left"):
-        write_shards(str(sample), str(tmp_path / "shards"))
+        write_shards(WriteShards(str(sample), str(tmp_path / "shards")))
     assert not list(tmp_path.glob("shards*"))

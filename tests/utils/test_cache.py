@@ -10,7 +10,7 @@ from conftest import ROOT
 import main
 from config import parse_config
 from utils import files as storage
-from utils.cache import bytes_in, cache, cache_line, note_use
+from utils.cache import Cache, bytes_in, cache, cache_line, note_use
 from utils.errors import UserError
 from utils.files import atomic_write, remove_leftovers, temporary_path
 
@@ -51,15 +51,15 @@ def test_only_what_no_run_uses_is_deleted(small_flags, tmp_path, capsys):
     capsys.readouterr()
     (tmp_path / "cache" / "images-of-nobody").mkdir()
     (tmp_path / "cache" / "images-of-nobody" / "pixels.bin").write_bytes(bytes(5_000_000))
-    cache(str(tmp_path / "cache"), (str(tmp_path / "runs"),))
+    cache(Cache(str(tmp_path / "cache"), (str(tmp_path / "runs"),)))
     said = capsys.readouterr().out
     assert "images-of-nobody  used by no run" in said and "0.01 GB are used by no run" in said and "renamed" in said
-    cache(str(tmp_path / "cache"), (str(tmp_path / "runs"),), delete=True)
+    cache(Cache(str(tmp_path / "cache"), (str(tmp_path / "runs"),), delete=True))
     assert set(os.listdir(tmp_path / "cache")) == entries
-    cache(str(tmp_path / "cache"), (str(tmp_path / "runs" / "b"),), delete=True)
+    cache(Cache(str(tmp_path / "cache"), (str(tmp_path / "runs" / "b"),), delete=True))
     assert len(os.listdir(tmp_path / "cache")) == 5
     with pytest.raises(UserError, match="--cache-dir .*nowhere"):
-        cache(str(tmp_path / "nowhere"))
+        cache(Cache(str(tmp_path / "nowhere")))
 
 
 def test_a_use_is_noted_once_and_the_size_is_said(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import main
+from config import parse_config
 from utils import device
 from utils.device import pick_device, pick_dtype
 
@@ -47,6 +48,6 @@ def test_a_machine_with_several_gpus_is_told_of_torchrun(monkeypatch, capsys):
     for count, said in ((1, 0), (4, 1)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         monkeypatch.setattr(sys, "argv", ["main.py", "shapes", "--epochs", "2"])
-        main.main()
+        main.main(*parse_config(sys.argv[1:]))
         lines = capsys.readouterr().out.splitlines()
         assert lines.count("one of 4 GPUs is used; all: torchrun --nproc-per-node 4 main.py shapes --epochs 2") == said
