@@ -2,11 +2,9 @@
 
 import torch
 import torch.nn.functional as F
-from timm.data import resolve_model_data_config
-from timm.layers import AttentionPool2d
 from torch import nn
 
-from encoders.build import SIZED_KINDS, plain_config, sized_image_encoder, timm_encoder
+from encoders.build import SIZED_KINDS, ends_in_attention_pool, input_config, plain_config, sized_image_encoder, timm_encoder
 from encoders.convolution import speed_up
 from encoders.stages import multi_stage_features, multi_stage_width
 from utils.errors import UserError
@@ -41,12 +39,12 @@ class ImageEncoder(nn.Module):
             self.backbone = sized_image_encoder(name, size, *sizes, drop_path)
         else:
             self.backbone = timm_encoder(name, weights, drop_path)
-        data = resolve_model_data_config(self.backbone)
+        data = input_config(self.backbone)
         self.size = size or data["input_size"][1]
         if hasattr(self.backbone, "set_input_size"):  # models with position embeddings need it
             self.backbone.set_input_size(img_size=self.size)
         self.width = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
-        self.attention_pool = isinstance(getattr(self.backbone, "head", None), AttentionPool2d)
+        self.attention_pool = ends_in_attention_pool(self.backbone)
         self.pretrained = weights != "random"
         self.resize = AREA
         self.stage, self.activation_shape, self.feature_stages = None, None, feature_stages

@@ -11,3 +11,12 @@ stages.py       cut an image encoder at a stage, and take features from several 
 text_mixer.py   an MLP-Mixer as a text encoder
 tokenizer.py    captions to token ids
 """
+
+from utils.lean_imports import without_compiler, without_sharding
+
+with without_compiler():  # here, so that no file below loads more of them
+    import timm  # noqa: F401
+
+    with without_sharding():
+        import transformers.masking_utils
+        import transformers.modeling_utils  # noqa: F401

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import timm
 import transformers
-from timm.layers import LayerNorm
+from timm.data import resolve_model_data_config
+from timm.layers import AttentionPool2d, LayerNorm
 from timm.models import load_state_dict
 from timm.models.byobnet import ByoBlockCfg, ByobNet, ByoModelCfg
 from timm.models.mlp_mixer import MlpMixer
@@ -54,6 +55,15 @@ def timm_encoder(name, weights, drop_path=0.0):
     if weights not in ("pretrained", "random"):
         load_weight_file(encoder, name, weights)
     return encoder
+
+
+def input_config(backbone):
+    """What pictures a timm model was trained on: {"input_size": (3, h, w), "mean", "std", ...}, pixels from 0 to 1."""
+    return resolve_model_data_config(backbone)
+
+
+def ends_in_attention_pool(backbone):
+    return isinstance(getattr(backbone, "head", None), AttentionPool2d)
 
 
 def read_weight_file(path):

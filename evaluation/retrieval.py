@@ -4,7 +4,6 @@ rsum is the sum of the six recalls (R@1, R@5 and R@10 in both directions, in per
 """
 
 import numpy as np
-import scipy.stats
 
 from embedding import pair_scores, picture_vectors, text_vectors
 
@@ -53,6 +52,8 @@ def match_choices(similarity, image_of_text, choices, seed):
     Returns {"images", "choices", "accuracy", "chance", "interval"}, the last three in percent; interval is the lower and the
     upper end of Wilson's 95% confidence interval of the accuracy. A tie with a wrong caption counts as wrong.
     """
+    import scipy.stats  # only here: a training does without
+
     n, rng, num_correct = similarity.shape[1], np.random.default_rng(seed), 0
     captions_of = [np.flatnonzero(image_of_text == image) for image in range(n)]
     for image in range(n):

@@ -3,7 +3,6 @@
 import copy
 import warnings
 
-import peft
 import torch
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +17,8 @@ def add_adapters(model, rank):
 
     Raises UserError for an encoder that has none.
     """
+    import peft  # only here: hardly any run needs it
+
     for part in PARTS:
         encoder = getattr(model, part)
         layers = layers_to_adapt(encoder.backbone)
@@ -57,12 +58,16 @@ def merge_adapters(model):
     """Adds the adapters to the weights of a model, which then has none."""
     for part in PARTS:
         encoder = getattr(model, part)
-        if isinstance(encoder.backbone, peft.PeftModel):
+        if is_adapted(encoder):
             encoder.backbone = encoder.backbone.merge_and_unload()
 
 
 def has_adapters(model):
-    return any(isinstance(getattr(model, part).backbone, peft.PeftModel) for part in PARTS)
+    return any(is_adapted(getattr(model, part)) for part in PARTS)
+
+
+def is_adapted(encoder):
+    return hasattr(encoder.backbone, "merge_and_unload")  # a peft.PeftModel
 
 
 def describe_adapters(model, rank):

@@ -10,7 +10,6 @@ import filelock
 import numpy as np
 import pandas as pd
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from captions import SPLITS, write_splits
 from clip import describe_encoders
@@ -91,7 +90,7 @@ def load_optimizer(optimizer, saved):
     if [group["params"] for group in groups] != [group["params"] for group in saved["param_groups"]]:
         raise ValueError("its optimizer has other parameters")
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    if isinstance(optimizer, ZeroRedundancyOptimizer):
+    if hasattr(optimizer, "consolidate_state_dict"):  # it is sharded
         optimizer.state.clear()  # a second copy; its own share is in optimizer.optim
 
 

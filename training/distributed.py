@@ -24,8 +24,6 @@ import warnings
 import numpy as np
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm
-from timm.utils import distribute_bn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError
@@ -134,12 +132,18 @@ def all_reduce_gradients(parameters):
 
 def synchronize_batch_norm(encoder, device):
     """The encoder with BatchNorm layers that, on CUDA, compute their statistics over the batch of all ranks."""
-    return convert_sync_batchnorm(encoder) if size() > 1 and device.type == "cuda" else encoder
+    if size() == 1 or device.type != "cuda":
+        return encoder
+    from timm.layers import convert_sync_batchnorm  # only here and below: a search in several processes does without timm
+
+    return convert_sync_batchnorm(encoder)
 
 
 def average_batch_norm_statistics(*models):
     """Averages the BatchNorm layers' running statistics over the ranks."""
     if size() > 1:
+        from timm.utils import distribute_bn
+
         for model in models:
             distribute_bn(model, size(), reduce=True)
 

@@ -3,7 +3,6 @@
 import math
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 from training import distributed
 
@@ -57,12 +56,24 @@ def layers_above(encoder, prefix):
     return {f"{prefix}{name}": top - (top if layer is None else layer) for name, layer in layer_of.items()}
 
 
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW, with its methods as they are before torch hides them from torch.compile, which loads it: two seconds."""
+
+    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
+    zero_grad = torch.optim.AdamW.zero_grad.__wrapped__
+    add_param_group = torch.optim.AdamW.add_param_group.__wrapped__
+    state_dict = torch.optim.AdamW.state_dict.__wrapped__
+    load_state_dict = torch.optim.AdamW.load_state_dict.__wrapped__
+
+
 def create_optimizer(groups, device, sharded=False):
     """AdamW. sharded: each of several processes keeps the two averages of its share of the parameters only."""
     if sharded and distributed.size() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # only here: this import takes a second
+
         # What is loaded into it has its steps on the CPU, which fused steps on a GPU refuse.
         return ZeroRedundancyOptimizer(groups, optimizer_class=torch.optim.AdamW, fused=device.type == "cpu")
-    return torch.optim.AdamW(groups, fused=device.type in ("cpu", "cuda"))
+    return AdamW(groups, fused=device.type in ("cpu", "cuda"))
 
 
 def is_stale(rsums, start_rsum, epochs):

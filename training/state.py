@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from clip import CLIPModel, describe_encoders, save_weights
@@ -81,7 +80,7 @@ class TrainState:
 
         Raises UserError, and writes nothing, where a weight is not finite.
         """
-        if isinstance(self.optimizer, ZeroRedundancyOptimizer):
+        if hasattr(self.optimizer, "consolidate_state_dict"):  # it is sharded
             self.optimizer.consolidate_state_dict(to=0)
         if not distributed.is_main_process():
             return

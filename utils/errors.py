@@ -1,6 +1,7 @@
 """Turn user mistakes, SIGTERM, out-of-memory and lost processes into clear messages."""
 
 import contextlib
+import gc
 import importlib.util
 import io
 import os
@@ -30,9 +31,12 @@ def run_command(function, *arguments):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     sys.excepthook = end_command
+    gc.freeze()  # what is imported stays, so there is no need to look through it again and again
+    gc.enable()
     try:
         return function(*arguments)
     finally:
+        gc.disable()  # until the next call: while a script's imports are loaded it finds nothing, and takes a sixth of the time
         sys.stdout.flush()  # now, because an error while Python exits cannot be caught
 
 
