@@ -10,7 +10,19 @@ from conftest import ROOT
 from config import PRESETS
 from evaluation.options import TASKS
 
-SLOW = {"torch", "torchvision", "transformers", "timm", "numpy", "pandas", "cv2", "matplotlib", "sklearn", "scipy", "onnxruntime"}
+SLOW = {
+    "torch",
+    "torchvision",
+    "transformers",
+    "timm",
+    "numpy",
+    "pandas",
+    "cv2",
+    "matplotlib",
+    "sklearn",
+    "scipy",
+    "onnxruntime",
+}
 SCRIPTS = (
     *("main.py", "evaluate.py", "inference.py", "GAN.py", "app.py", "lessons.py"),
     *("assignment/check.py", "assignment/make.py", "Datasets/shapes.py"),
@@ -76,7 +88,9 @@ def test_a_help_loads_nothing_slow(command):
         assert not loaded & SLOW
 
 
-@pytest.mark.parametrize("arguments", [*(["main.py", preset, "--help-all"] for preset in PRESETS), ["lessons.py"], ["evaluate.py"]])
+@pytest.mark.parametrize(
+    "arguments", [*(["main.py", preset, "--help-all"] for preset in PRESETS), ["lessons.py"], ["evaluate.py"]]
+)
 def test_a_list_loads_nothing_slow(arguments):
     process, loaded = start(arguments)
     assert process.returncode == 0 and process.stdout and not process.stderr

@@ -53,7 +53,9 @@ def without_compiler():
     package.__path__ = [f"{path}/_dynamo" for path in torch.__path__]
     for name in DECORATORS:
         setattr(package, name, lambda function=None, *_, **__: function or (lambda decorated: decorated))
-    utils.is_compile_supported = lambda device: load(utils.__name__).is_compile_supported(device)  # torchvision takes it by name
+    utils.is_compile_supported = lambda device: load(utils.__name__).is_compile_supported(
+        device
+    )  # torchvision takes it by name
     sys.modules.update(stand_ins)
     try:
         yield

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run_script
 
 from Datasets import shapes
 from evaluation import twins
+from utils.errors import UserError
 
 WORDS = {word: color for color, (words, _) in shapes.COLORS.items() for word in words}
 NOUNS = {noun: shape for shape, nouns in shapes.SHAPES.items() for noun in nouns}
@@ -93,11 +93,10 @@ def test_scores_by_hand(monkeypatch):
     assert only["relations"][pairs[first].relation] == pytest.approx(100 / len(same))
 
 
-def test_the_command_scores_a_run(run, tmp_path):
-    process = run_script("evaluate.py", "twins", "--run", run, "--pairs", 20, "--json", tmp_path / "twins.json")
-    assert process.returncode == 0, process.stderr
+def test_the_command_scores_a_run(run, tmp_path, evaluate_here, capsys):
+    evaluate_here("twins", "--run", run, "--pairs", 20, "--json", tmp_path / "twins.json")
     scores = json.loads((tmp_path / "twins.json").read_text(encoding="utf-8"))
     assert scores["pairs"] == 20 and scores["chance"] == 50 and 0 <= scores["accuracy"] <= 100
-    assert f"accuracy {scores['accuracy']:.1f}%" in process.stdout
-    process = run_script("evaluate.py", "twins", "--run", run, "--pairs", 0)
-    assert process.returncode == 2 and "--pairs 0: must be 1 or more" in process.stderr
+    assert f"accuracy {scores['accuracy']:.1f}%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--pairs 0: must be 1 or more"):
+        evaluate_here("twins", "--run", run, "--pairs", 0)
