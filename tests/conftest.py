@@ -1,6 +1,8 @@
+import gc
 import os
 import tempfile
 
+gc.disable()  # until all is imported
 os.environ["MPLBACKEND"] = "agg"  # no test opens a window
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks a network
 if "CLIP_TEST_CACHES" not in os.environ:  # no test sees what a user fetched before, or leaves anything there
@@ -28,6 +30,9 @@ import main
 from config import parse_config
 from Datasets import shapes
 from search.options import read_search
+
+gc.freeze()  # else each full collection looks through half a million objects of the libraries
+gc.enable()
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"

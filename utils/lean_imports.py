@@ -42,20 +42,19 @@ def without_compiler():
         remove()
         return importlib.import_module(name)
 
-    def attribute(name, attribute):
+    def from_the_real_one(name, attribute):
         if attribute.startswith("__"):  # inspect asks every module for its __file__
             raise AttributeError(attribute)
         return getattr(load(name), attribute)
 
     for name, module in stand_ins.items():
-        module.__getattr__ = functools.partial(attribute, name)
+        module.__getattr__ = functools.partial(from_the_real_one, name)
     package, utils = stand_ins.values()
     package.__path__ = [f"{path}/_dynamo" for path in torch.__path__]
     for name in DECORATORS:
         setattr(package, name, lambda function=None, *_, **__: function or (lambda decorated: decorated))
-    utils.is_compile_supported = lambda device: load(utils.__name__).is_compile_supported(
-        device
-    )  # torchvision takes it by name
+    # torchvision imports this function, and calls it where a model looks for objects.
+    utils.is_compile_supported = lambda device: load(utils.__name__).is_compile_supported(device)
     sys.modules.update(stand_ins)
     try:
         yield
