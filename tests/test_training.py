@@ -289,7 +289,7 @@ def test_a_disk_that_is_too_small_for_what_is_kept_is_named_before_anything_is_w
 
 def test_the_average_of_the_weights_is_what_is_scored_and_kept(small_flags, tmp_path, monkeypatch):
     taken, scored = [], []
-    step, score = torch.optim.AdamW.step, report.score
+    step, score = optimization.AdamW.step, report.score
 
     def keep_step(optimizer, *arguments):
         step(optimizer, *arguments)
@@ -299,7 +299,7 @@ def test_the_average_of_the_weights_is_what_is_scored_and_kept(small_flags, tmp_
         scored.append(model.state_dict()["image_projection.projection.weight"].clone())
         return score(model, *arguments)
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", keep_step)
+    monkeypatch.setattr(optimization.AdamW, "step", keep_step)
     monkeypatch.setattr(report, "score", keep_score)
     model = train(small_flags(epochs=1, ema_decay=0.7))
     assert len(taken) > 2
