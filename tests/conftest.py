@@ -30,6 +30,7 @@ import main
 from config import parse_config
 from Datasets import shapes
 from search.options import read_search
+from tests.figures import save_blank
 
 gc.freeze()  # else each full collection looks through half a million objects of the libraries
 gc.enable()
@@ -58,7 +59,7 @@ def times(request):
 def forked():
     """forked(function, *arguments) -> a started process, a copy of one that has the slow imports behind it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["main"])
+    context.set_forkserver_preload(["tests.preload"])
 
     def start(function, *arguments):
         process = context.Process(target=function, args=arguments)
@@ -66,6 +67,12 @@ def forked():
         return process
 
     return start
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Figures are built, but not drawn, which takes half of a small training's time; for tests that look at none."""
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import run_script
+from PIL import Image
 
 import clip
 import GAN
@@ -25,6 +26,8 @@ from training import checkpoint, feature_cache, optimization, report, steps
 from utils import cache
 from utils.cache import model_key
 from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png",
@@ -641,6 +644,8 @@ def test_the_first_command_of_the_readme(tmp_path):
     assert process.returncode == 0, process.stderr
     assert "shapes" in process.stdout.splitlines()[0]
     assert {path.name for path in (tmp_path / "runs" / "shapes").iterdir()} - {HUBNESS_FILE} == RUN_FILES
+    drawn = [Image.open(path).size for path in (tmp_path / "runs" / "shapes").glob("*.png")]
+    assert len(drawn) == 4 and min(map(min, drawn)) > 300
     history = pd.read_csv(tmp_path / "runs" / "shapes" / "history.csv")
     assert history["text_to_image_R@1"].max() >= 10
     assert history["image_to_text_R@1"].max() >= 12

@@ -198,5 +198,5 @@ def read_quietly(target, program, arguments, **options):
         lines = [line.strip("│| ") for line in shown.getvalue().splitlines()[1:]]
         text = " ".join(itertools.takewhile(lambda line: line.strip("─-╯+"), lines))
     for theirs, ours in TYRO_MESSAGES.items():
-        text = re.sub(f"^{theirs}$", ours, text).replace("'", "")
-    raise UserError(text)
+        text = re.sub(f"^{theirs}$", ours, text)
+    raise UserError(text.replace("'", ""))

@@ -27,6 +27,8 @@ from training.checkpoint import load_latest, lock_run_dir, write_checkpoint
 from utils import images
 from utils.errors import UserError, run_command, to_user_error
 
+pytestmark = pytest.mark.usefixtures("undrawn")
+
 EPOCHS = 3  # of 3 steps each
 STEPS = []  # taken in a process that `act_at_step` prepared
 
