@@ -76,43 +76,46 @@ PathFinder.find_spec = lambda name, *others: None if name.partition(".")[0] in (
 """
 
 
-def start(arguments, *options, **environment):
-    """The finished process of a command, in a folder where no run is, and the modules that it imported."""
-    words = [str(ROOT / word) if word in SCRIPTS else word for word in arguments]
-    command = [sys.executable, "-X", "importtime", *options, *words]
-    environment = {"PATH": "", "PYTHONPATH": str(ROOT)} | environment
-    process = subprocess.run(command, cwd=ROOT / "docs", env=environment, capture_output=True, text=True, timeout=280)
-    loaded = set(re.findall(r"^import time:.* \| +([\w.]+)$", process.stderr, re.MULTILINE))
-    process.stderr = re.sub(r"^import time:.*\n", "", process.stderr, flags=re.MULTILINE)
-    return process, loaded
+@pytest.fixture
+def start(tmp_path):
+    """start(command) -> the finished process of a command, in an empty folder, and the modules that it imported."""
+
+    def start(arguments, *options, **environment):
+        words = [str(ROOT / word) if word in SCRIPTS else word for word in arguments]
+        command = [sys.executable, "-X", "importtime", *options, *words]
+        environment = {"PATH": "", "PYTHONPATH": str(ROOT)} | environment
+        process = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        loaded = set(re.findall(r"^import time:.* \| +([\w.]+)$", process.stderr, re.MULTILINE))
+        process.stderr = re.sub(r"^import time:.*\n", "", process.stderr, flags=re.MULTILINE)
+        return process, loaded
+
+    return start
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_a_help_loads_nothing_slow(command):
+def test_a_help_loads_nothing_slow(start, command):
     for flag in ("--help", "-h"):
         process, loaded = start([*command, flag])
         assert process.returncode == 0 and process.stdout.startswith("usage: ") and not process.stderr
         assert not loaded & SLOW
 
 
-@pytest.mark.parametrize(
-    "arguments", [*(["main.py", preset, "--help-all"] for preset in PRESETS), ["lessons.py"], ["evaluate.py"]]
-)
-def test_a_list_loads_nothing_slow(arguments):
-    process, loaded = start(arguments)
+@pytest.mark.parametrize("line", [*(f"main.py {preset} --help-all" for preset in PRESETS), "lessons.py", "evaluate.py"])
+def test_a_list_loads_nothing_slow(start, line):
+    process, loaded = start(line.split())
     assert process.returncode == 0 and process.stdout and not process.stderr
     assert not loaded & SLOW
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_the_help_of_a_task_loads_nothing_slow(task):
+def test_the_help_of_a_task_loads_nothing_slow(start, task):
     process, loaded = start(["evaluate.py", task, "--help"])
     assert process.returncode == 0 and process.stdout.startswith(f"usage: python evaluate.py {task}")
     assert not loaded & SLOW
 
 
 @pytest.mark.parametrize("line, answer", MISTAKES, ids=[line for line, _ in MISTAKES])
-def test_a_mistake_is_one_line_and_loads_nothing_slow(line, answer):
+def test_a_mistake_is_one_line_and_loads_nothing_slow(start, line, answer):
     process, loaded = start(line.split())
     assert (process.returncode, process.stdout) == (2, "")
     assert process.stderr.startswith("error: ") and process.stderr.count("\n") == 1 and answer in process.stderr
@@ -137,7 +140,7 @@ def test_a_mistake_is_one_line_and_loads_nothing_slow(line, answer):
     ],
 )
 @pytest.mark.parametrize("missing", ["torch and others", "all"])
-def test_a_missing_package_is_one_line_with_what_to_do(line, missing, tmp_path, run):
+def test_a_missing_package_is_one_line_with_what_to_do(start, line, missing, tmp_path, run):
     """-S: Python without its packages. Else torch and numpy, which nearly all commands need, are not found."""
     (tmp_path / "sitecustomize.py").write_text(WITHOUT_TORCH)
     options = ["-S"] if missing == "all" else []
@@ -150,7 +153,7 @@ def test_a_missing_package_is_one_line_with_what_to_do(line, missing, tmp_path, 
     assert re.fullmatch(r"error: the package \w+ is missing: pip install -r requirements.txt\n", process.stderr)
 
 
-def test_a_training_on_the_sample_loads_only_what_it_needs(sample, tmp_path):
+def test_a_training_on_the_sample_loads_only_what_it_needs(start, sample, tmp_path):
     flags = ["--data-dir", str(sample), "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
     process, loaded = start(["main.py", "shapes", *flags, "--epochs", "1", "--batch-size", "32"])
     assert process.returncode == 0, process.stderr

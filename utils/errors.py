@@ -40,9 +40,14 @@ def run_command(function, *arguments):
         sys.stdout.flush()  # now, because an error while Python exits cannot be caught
 
 
-def is_missing(module):
-    """Whether a package is not installed; else an import that failed is of our own modules, or of a part of a package."""
-    return bool(module) and not importlib.util.find_spec(module.partition(".")[0])
+def missing_package(error):
+    """The package that is not installed, where an error or its cause (pandas raises one of its own) is about one; else ""."""
+    while error:
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            package = error.name.partition(".")[0]
+            return "" if importlib.util.find_spec(package) else package
+        error = error.__cause__
+    return ""
 
 
 def end_command(kind, error, traceback):
@@ -53,8 +58,8 @@ def end_command(kind, error, traceback):
     """
     if isinstance(error, UserError):
         line, status = f"error: {error}", 2
-    elif isinstance(error, ModuleNotFoundError) and is_missing(error.name):
-        line, status = f"error: the package {error.name} is missing: pip install -r requirements.txt", 2
+    elif package := missing_package(error):
+        line, status = f"error: the package {package} is missing: pip install -r requirements.txt", 2
     elif isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # discards the remaining output
         sys.exit(1)
