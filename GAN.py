@@ -58,12 +58,13 @@ from training.checkpoint import (
 from training.data import batch_loader, read_table
 from utils.cache import cache_line, model_key, note_use
 from utils.device import autocast
-from utils.files import atomic_dir, atomic_write, remove_leftovers, write_json
+from utils.files import atomic_dir, atomic_write, remove_leftovers, require_own_folder, write_json
 from utils.images import center_crop, decode_images, read_images
 from utils.plots import draw_generated
 
 CHECK_EVERY = 20  # steps between checks of the losses
 NUM_SAMPLES = 8  # validation captions in each grid of samples/
+PAIR_FILES = r"Images/generated-\d{6,}\.png|captions\.txt"  # below the folder of generated pairs
 GENERATE_BATCH = 256  # pictures per forward pass
 
 
@@ -304,7 +305,12 @@ def load_generator(run_dir, width):
 
 
 def write_pairs(config, preset):
-    """Generates `generate` pictures from training captions, and writes both in the layout of Kaggle's Flickr8k."""
+    """Generates `generate` pictures from training captions, and writes both in the layout of Kaggle's Flickr8k.
+
+    Raises UserError where the folder for them holds anything but what an earlier call wrote there.
+    """
+    output = Path(config.output or Path(config.run_dir) / "pictures")
+    require_own_folder(output, PAIR_FILES)  # before what takes a while
     source = read_captions_and_encoder(config, preset)
     check_encoder(config, source.key)
     captions = source.table.loc[source.table["split"] == "train", "caption"].unique()
@@ -314,10 +320,9 @@ def write_pairs(config, preset):
     embeddings = source.embed(chosen)
     generator = load_generator(config.run_dir, embeddings.shape[1]).to(source.device)
     noise = torch.randn(len(chosen), NOISE_DIM, generator=torch.Generator().manual_seed(config.seed))
-    output = Path(config.output or Path(config.run_dir) / "pictures")
     names = [f"generated-{number:06}.png" for number in range(len(chosen))]
     with (
-        atomic_dir(output) as temporary_path,
+        atomic_dir(output, PAIR_FILES) as temporary_path,
         tqdm(total=len(chosen), desc="generating", disable=None, leave=False) as progress,
     ):
         (temporary_path / "Images").mkdir()
@@ -339,7 +344,7 @@ def main(config, preset):
         if config.generate:
             write_pairs(config, preset)
         else:
-            with lock_run_dir(config.run_dir):
+            with lock_run_dir(config.run_dir, "" if config.resume else "gan.json"):
                 train(config, preset)
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"continue after the last finished epoch with --resume --run-dir {config.run_dir}") from None

@@ -31,7 +31,7 @@ from config import (
     without_paths,
 )
 from encoders.build import load_pretrained, random_text_config
-from encoders.hub import from_hub
+from encoders.hub import from_hub, require_copy_folder
 from encoders.hubness import load_hubness
 from encoders.openclip import build_open_clip, load_open_clip
 from encoders.stages import run_from_stage
@@ -44,6 +44,8 @@ from utils.images import center_crop, resize_image
 
 MODEL_FILES = ("config.json", "model.safetensors", HUBNESS_FILE)
 HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
+OF_WEIGHTS = (HUBNESS_FILE, "relevance.json", "references.npy", "relevance.png", "README.md", "matches.png", "similarity.png")
+OF_WEIGHTS += ("tradeoff.csv", "tradeoff.png")  # in a run folder: what is true of these weights alone
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
 
@@ -89,11 +91,12 @@ class CLIPModel(nn.Module, ModelHubMixin):
         """huggingface_hub's call: writes a run folder with the current weights. options: huggingface_hub's.
 
         For the run's own folder only the weights are written: huggingface_hub would first delete its config.json.
-        Raises UserError for a model that was not loaded from a run folder.
+        Raises UserError for a model that was not loaded from a run folder, and as `require_copy_folder` does.
         """
         if self.run_dir is None:
             raise UserError("only a model that clip.load found in a run folder can be saved as one; train it with main.py")
         if Path(save_directory).resolve() != Path(self.run_dir).resolve():
+            require_copy_folder(save_directory, (*MODEL_FILES, *HUB_FILES))
             return super().save_pretrained(save_directory, **options)
         save_weights(self, save_directory)
         if options.pop("push_to_hub", False):
@@ -316,11 +319,18 @@ def describe_encoders(model):
 
 
 def save_weights(model, run_dir):
-    """Writes run_dir/model.safetensors, and beside it what corrects the scores of these weights, if the model has it."""
+    """Writes run_dir/model.safetensors, and beside it what corrects the scores of these weights, if the model has it.
+
+    What was learned, measured and drawn from other weights is removed first, so that after a kill nothing is mixed.
+    """
     state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     contents = safetensors.torch.save(state)  # not save_file, which reports a full disk differently
-    (Path(run_dir) / HUBNESS_FILE).unlink(missing_ok=True)  # of other weights
-    atomic_write(Path(run_dir) / "model.safetensors", lambda path: path.write_bytes(contents))
+    path = Path(run_dir) / "model.safetensors"
+    same_hubness = (model.hubness is not None) == Path(run_dir, HUBNESS_FILE).exists()
+    if not (same_hubness and path.exists() and path.read_bytes() == contents):
+        for name in OF_WEIGHTS if path.exists() else ():
+            (Path(run_dir) / name).unlink(missing_ok=True)
+        atomic_write(path, lambda temporary: temporary.write_bytes(contents))
     if model.hubness:
         model.hubness.save(run_dir)
 

@@ -210,9 +210,10 @@ def list_duplicates(options):
 
 def write_map(searcher, options):
     """Writes a map of all pictures as a page, and draws it."""
-    from search.map import make_map
+    from search.map import make_map, require_own_map
     from search.run_data import embed_captions
 
+    require_own_map(Path(options.map))
     gallery = find_gallery(searcher, options)
     captions, caption_embeddings = embed_captions(searcher)
     make_map(gallery.embeddings(), list(gallery.paths), captions, caption_embeddings[:, :-1], options.map, options.num_workers)

@@ -219,7 +219,7 @@ if __name__ == "__main__":  # before the imports below, which take seconds to lo
 import os
 
 from experiments.report import write_report
-from experiments.runner import make_jobs, prepare, train_all
+from experiments.runner import make_jobs, prepare, require_lesson_folder, train_all
 from utils.device import pick_device
 
 
@@ -231,6 +231,7 @@ def learn(options):
     seeds = options.seeds[:1] if quick else options.seeds
     folder = Path(options.output or f"runs/lessons/{lesson}{'-photographs' if data_dir else ''}{'-quick' if quick else ''}")
     given = {"device": device} | (photographs(data_dir, options.weights_dir) if data_dir else {})
+    require_lesson_folder(folder)
     jobs = make_jobs(chosen, (options.preset or "linear") if data_dir else chosen.preset, given, seeds, folder, quick)
     to_do = [job for job in jobs if options.force or not job.result()]
     if to_do:

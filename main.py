@@ -107,7 +107,10 @@ def train(config):
 def train_epochs(state, loader, validation, start, trackers, device, dtype):
     """The epochs that are left, each scored and saved. start: a `keeping.Start`, which the best epoch has to beat."""
     config = state.config
-    epochs = math.ceil(config.steps / loader.batch_sampler.steps) or config.epochs
+    steps = loader.batch_sampler.steps
+    epochs = config.epochs
+    if config.steps:
+        epochs = len(state.history) + math.ceil((config.steps - state.steps_before(steps)) / steps)
     terminated = threading.Event()
     with at_sigterm(terminated.set):  # training ends after the step, when the state is whole
         while len(state.history) < epochs:
@@ -162,7 +165,9 @@ def main(config, preset):
         check_kept(config)
         return print_plan(config, flickr8k_dir)
     try:
-        with at_sigterm(exit_terminated), contextlib.nullcontext() if distributed.rank() else lock_run_dir(config.run_dir):
+        marker = "config.json" if config.resume == "no" else ""
+        locked = contextlib.nullcontext() if distributed.rank() else lock_run_dir(config.run_dir, marker)
+        with at_sigterm(exit_terminated), locked:
             with distributed.main_process_first():
                 config = fetch_data(config, flickr8k_dir)
             train(config)

@@ -30,7 +30,7 @@ from utils.errors import run_command
 class Draw:
     """Generates captioned images of coloured shapes."""
 
-    folder: str = field(metadata=POSITIONAL)  # output folder; an existing one is replaced
+    folder: str = field(metadata=POSITIONAL)  # output folder; one that was drawn before is replaced, any other refused
     classes: bool = False  # one shape per image, in folders named after colour and shape
 
 
@@ -391,12 +391,16 @@ def write_picture(path, scene, side, rng):
         raise OSError(f"{path}: could not be written")
 
 
+SAMPLE_FILES = r"Images/\d{5,}\.png|captions\.txt|shapes\.(train|dev|test)Images\.txt"  # below the folder that is drawn
+CLASS_FILES = rf"({'|'.join(COLORS)}) ({'|'.join(SHAPES)})/\d{{3,}}\.png"
+
+
 def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN, colors=COLORS):
     """Writes the data set into `folder`: the same images, captions and split lists for the same arguments.
 
     train, val, test: numbers of images. side: height and width in pixels. seen: pairs of colour and shape that training shows.
-    colors: those of the shapes. An existing folder is replaced; on failure nothing is written.
-    Raises ValueError as `unseen_pairs` does.
+    colors: those of the shapes. A sample that was drawn there before is replaced; on failure nothing is written.
+    Raises UserError where the folder holds anything else, and ValueError as `unseen_pairs` does.
     """
     rng, used, unseen = random.Random(seed), set(), unseen_pairs(seen)
     splits = {
@@ -406,7 +410,7 @@ def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN, 
     }
     names = iter(f"{number:05d}.png" for number in range(train + val + test))
     rows = []
-    with atomic_dir(Path(folder)) as temporary_path:
+    with atomic_dir(folder, SAMPLE_FILES) as temporary_path:
         (temporary_path / "Images").mkdir()
         for split, scenes in splits.items():
             with open(temporary_path / f"shapes.{split}Images.txt", "w", encoding="utf-8") as split_list:
@@ -422,11 +426,11 @@ def draw(folder, train=6000, val=300, test=300, side=96, seed=0, seen=MAX_SEEN, 
 def draw_classes(folder, pictures=10, side=96, seed=0, colors=COLORS):
     """Writes `pictures` images of a single shape for each pair of colour and shape, in a folder named after it ("red circle").
 
-    side: height and width in pixels. colors: those of the shapes. An existing folder is replaced; on failure nothing is
-    written.
+    side: height and width in pixels. colors: those of the shapes. What was drawn there before is replaced; on failure nothing
+    is written. Raises UserError where the folder holds anything else.
     """
     rng = random.Random(seed)
-    with atomic_dir(Path(folder)) as temporary_path:
+    with atomic_dir(folder, CLASS_FILES) as temporary_path:
         for color, shape in itertools.product(colors, SHAPES):
             (temporary_path / f"{color} {shape}").mkdir()
             for number in range(pictures):

@@ -58,6 +58,7 @@ import modules
 from config import parse_config
 from Datasets import shapes
 from evaluation.retrieval import KS
+from utils.files import require_own_results, write_json
 
 TIME_LIMIT = 30  # seconds per task; the training has more
 RUN_TIME_LIMIT = 120
@@ -363,6 +364,7 @@ def check_one_task(folder, task, seed, path):
 
 def grade(options):
     """What `python assignment/check.py` does. options: a `Grade`."""
+    require_own_results(options.json)
     folder = options.folder.resolve()
     tasks = [options.task] if options.task else list(CHECKS)
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -375,7 +377,7 @@ def grade(options):
     got, possible = (sum(result[i] for results in checked.values() for result in results) for i in (0, 1))
     print(f"{got} of {possible} points")
     if options.json:
-        Path(options.json).write_text(json.dumps({"points": got, "possible": possible, "tasks": checked}), encoding="utf-8")
+        write_json(options.json, {"points": got, "possible": possible, "tasks": checked})
 
 
 if __name__ == "__main__":

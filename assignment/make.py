@@ -21,6 +21,7 @@ from utils.errors import UserError, run_command
 
 STARTER = ROOT / "assignment" / "starter"
 SOLUTION = re.compile(r"^( *)# BEGIN SOLUTION\n.*?# END SOLUTION\n", re.DOTALL | re.MULTILINE)
+TO_DO = r'\1# BEGIN SOLUTION\n\1raise NotImplementedError("your code")\n\1# END SOLUTION\n'
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def task_file(name, solved=False):
     body = textwrap.dedent("".join(lines))
     body = body[: body.index("# END SOLUTION") + len("# END SOLUTION\n")]
     if not solved:
-        body = SOLUTION.sub(r'\1# BEGIN SOLUTION\n\1raise NotImplementedError("your code")\n\1# END SOLUTION\n', body)
+        body = SOLUTION.sub(TO_DO, body)
     question = textwrap.fill(f'"""Task {name}. {task.text}"""', 100)
     parts = ["\n".join(imports), "\n".join(constants)]
     return "\n\n".join([question, *filter(None, parts)]) + f"\n\n\n{body}"
@@ -101,10 +102,13 @@ def make(folder: Path = STARTER, /):
     """Writes the starter files of the assignment.
 
     Args:
-        folder: where to write them; a file that is there is not replaced
+        folder: where to write them; a file that is there is not replaced, but for the project's own without a solution
     """
     there = [name for name in TASKS if (folder / f"{name}.py").exists()]
-    if folder.resolve() != STARTER and there:
+    if folder.resolve() == STARTER:
+        texts = {name: (folder / f"{name}.py").read_text(encoding="utf-8") for name in there}
+        there = [name for name, text in texts.items() if SOLUTION.sub(TO_DO, text) != text]  # somebody has worked in it
+    if there:
         raise UserError(f"{folder / there[0]}.py: is there already; name a new folder, or remove it")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file, not a folder; name another")

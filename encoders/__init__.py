@@ -4,7 +4,7 @@ build.py        create encoders from a name, a weight file or sizes: timm for im
 cbow.py         a bag of words as a text encoder
 convolution.py  faster convolutions on a CPU, with the same results
 ensemble.py     several models as one
-hub.py          download from a model hub, with a short timeout
+hub.py          download from a model hub, with a short timeout, and save copies for one
 hubness.py      correct scores for pictures that are near to most texts
 openclip.py     open_clip's pretrained models
 stages.py       cut an image encoder at a stage, and take features from several stages

@@ -1,6 +1,11 @@
-"""Download from a model hub, with a short timeout."""
+"""Download from a model hub, with a short timeout, and save copies for one."""
+
+from pathlib import Path
 
 import huggingface_hub
+
+from config import load_run
+from utils.errors import UserError
 
 HUB_TIMEOUT = 5  # seconds to wait for a model hub's first answer
 
@@ -33,3 +38,19 @@ def hub_answers():
     except Exception:  # its type depends on huggingface_hub's HTTP library
         return False
     return True
+
+
+def require_copy_folder(folder, names):
+    """Raises UserError where a copy of a run cannot be saved into a folder: a file that it would replace is of no such copy.
+
+    names: of the files of a copy. Copies have no checkpoint, a run that was trained there has.
+    """
+    there = [name for name in names if Path(folder, name).exists()]
+    if not there:
+        return
+    try:
+        load_run(folder)
+    except UserError:
+        raise UserError(f"{folder}: holds {there[0]}, which is not of a run; name a new folder") from None
+    if Path(folder, "last.pt").exists():
+        raise UserError(f"{folder}: is a run that was trained there; name a new folder")

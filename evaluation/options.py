@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from config import Precision, SplitName, Views, require_runs
 from utils.cli import HELP, run_cli
 from utils.errors import UserError
+from utils.files import require_own_results
 
 
 @dataclass
@@ -187,4 +188,5 @@ def read_task(arguments):
     runs = getattr(options, "run", ())
     for run in (runs,) if isinstance(runs, str) else runs:
         require_runs(run)
+    require_own_results(getattr(options, "json", ""), getattr(options, "output", ""))
     return task, options

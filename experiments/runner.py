@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import time
 from concurrent.futures.process import BrokenProcessPool
@@ -23,9 +24,12 @@ from experiments.measures import MEASURES, Trained
 from training.data import fetch_data
 from utils.cache import cache_key
 from utils.errors import UserError, to_user_error
-from utils.files import write_json
+from utils.files import FILE_MANAGERS, write_json
 
 MATERIALS = ("seen_pairs", "pretrained", "generated")  # of a variant that are no settings; see experiments.materials
+LESSON_FILES = re.compile(  # names of all that a lesson writes into its folder
+    r"results\.json|table\.md|plot\.png|materials\.txt|runs|classes|seen-\d+|pretrained(-quick)?|\d+-generated-from-.+|.+\.tmp"
+)
 HISTORY = ["epoch", "loss", "val_loss", "temperature", "rsum"]  # columns of history.csv that a result keeps
 
 
@@ -54,6 +58,18 @@ class Job:
             return result if result["key"] == self.key else None
         except (OSError, ValueError, KeyError):
             return None
+
+
+def require_lesson_folder(folder):
+    """Raises UserError for a folder that is not empty and not a lesson's own, which materials.txt begins."""
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise UserError(f"--output {folder}: is a file; name a folder")
+    names = sorted(path.name for path in folder.iterdir() if path.name not in FILE_MANAGERS)
+    foreign = [name for name in names if "materials.txt" not in names or not LESSON_FILES.fullmatch(name)]
+    if foreign:
+        raise UserError(f"--output {folder}: holds what is not of a lesson ({foreign[0]}); name a new folder")
 
 
 def make_jobs(lesson, preset, given, seeds, output, quick):

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import PNG_MARK, atomic_write, is_own_png, require_own_file
 from utils.images import center_crop, read_images
 
 MAX_PICTURES = 50_000  # t-SNE of more takes many minutes
@@ -33,6 +33,7 @@ PAGE_BYTES = 36_000_000  # what the thumbnails of a page take at most
 BYTES_PER_PIXEL = 0.35  # of a thumbnail in a sheet, as base64
 SHEET = 2048  # height and width of a sheet of thumbnails, in pixels
 JPEG_QUALITY = 75
+START = 100  # bytes of the template, by which a page is recognised
 MARK = "{{data}}"  # in the template
 PNG_SIDE, PNG_MARGIN, PNG_TILE = 2000, 40, 38  # pixels; tiles have this side at least
 PNG_LEAST = 500  # pixels, so that names fit into a small map
@@ -56,15 +57,26 @@ def make_map(embeddings, paths, captions, caption_embeddings, output, num_worker
     Parameters: those of `map_pictures`, and url_of of `page`. output: path of the page; the PNG has the same name with .png.
     """
     output = Path(output)
-    if output.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--map {output}: must end in .html")
+    require_own_map(output)
+    from PIL.PngImagePlugin import PngInfo
+
     print(f"laying out {len(paths):,} pictures", flush=True)
     pictures = map_pictures(embeddings, paths, captions, caption_embeddings, num_workers)
     text = page(pictures, url_of)
     atomic_write(output, lambda temporary: temporary.write_text(text, encoding="utf-8"))
-    image = draw(pictures)
-    atomic_write(output.with_suffix(".png"), lambda temporary: image.save(temporary, format="PNG", optimize=True))
+    image, info = draw(pictures), PngInfo()
+    info.add_text(*PNG_MARK)
+    atomic_write(output.with_suffix(".png"), lambda temporary: image.save(temporary, format="PNG", pnginfo=info, optimize=True))
     return pictures
+
+
+def require_own_map(output):
+    """Raises UserError where a map may not be written: `output` is no page, or there is a page or a PNG that is no map."""
+    if output.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--map {output}: must end in .html")
+    start = (Path(__file__).with_name("map.html").read_bytes())[:START]
+    require_own_file(output, lambda path: path.read_bytes().startswith(start), "--map")
+    require_own_file(output.with_suffix(".png"), is_own_png, "--map")
 
 
 def map_pictures(embeddings, paths, captions, caption_embeddings, num_workers):

@@ -7,6 +7,7 @@ from typing import Literal
 from config import Precision, Views, require_runs, run_names
 from utils.cli import POSITIONAL, run_cli
 from utils.errors import UserError
+from utils.files import require_own_results
 
 WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
 SEARCH_EXAMPLES = (
@@ -114,8 +115,13 @@ def newest_run():
 
 
 def read_search(arguments):
-    """The Search of a command line. Raises UserError for a run that is not there, and as `Search` does."""
+    """The Search of a command line.
+
+    Raises UserError for a run that is not there, where a file to write is the user's own, and as `Search` does.
+    """
     options = run_cli(Search, "inference.py", arguments, SEARCH_EXAMPLES)
+    draws = options.query or options.similar_to or options.duplicates or options.image and not options.classify
+    require_own_results(options.json, options.output if draws else "")
     return options if options.duplicates else with_run(options)
 
 

@@ -4,6 +4,8 @@ import contextlib
 import csv
 import dataclasses
 import hashlib
+import json
+import re
 from pathlib import Path
 
 import filelock
@@ -16,9 +18,15 @@ from clip import describe_encoders
 from config import load_run, refuse_changes, save_run
 from training import distributed
 from utils.errors import UserError
-from utils.files import atomic_write, remove_leftovers, replace
+from utils.files import FILE_MANAGERS, atomic_dir, atomic_write, remove_leftovers, replace
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
+FORMATS = {"config.json": {"format", "config", "encoders"}, "gan.json": {"format", "config"}}  # keys that tell whose it is
+RUN_FILES = re.compile(  # names of all that a run and the commands that use it write into its folder
+    r"(config|gan|relevance|tokenizer)\.json|(model|hubness|generator)\.safetensors|references\.npy|(last|previous)\.pt|"
+    r"(history|splits|tradeoff)\.csv|(curves|similarity|matches|relevance|generated|tradeoff)\.png|README\.md|"
+    r"(cache|skipped)\.txt|done\.json|.+\.tmp|heads|onnx|samples|pictures|tensorboard|wandb"
+)
 DIGEST_SIZE = hashlib.sha256().digest_size  # bytes at the end of a checkpoint: the SHA-256 of all before them
 
 
@@ -98,12 +106,16 @@ def load_optimizer(optimizer, saved):
 
 
 @contextlib.contextmanager
-def lock_run_dir(run_dir):
+def lock_run_dir(run_dir, marker=""):
     """Locks a run folder for this process; the operating system releases the lock if the process is killed.
 
-    Raises UserError where another process holds the lock, or the lock file beside the folder cannot be written.
+    marker: for a new run, as for `require_run_dir`.
+    Raises UserError where that does, where another process holds the lock, or where the lock file beside the folder cannot be
+    written.
     """
     run_dir = Path(run_dir)
+    if marker:
+        require_run_dir(run_dir, marker)
     lock = filelock.FileLock(run_dir.with_name(f".{run_dir.name}.lock"), timeout=0)
     try:
         run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -135,8 +147,31 @@ def best_rsum(run_dir):
     return float(pd.read_csv(path)["rsum"].max()) if path.exists() else -1.0
 
 
+def require_run_dir(run_dir, marker):
+    """Raises UserError where a new run may not take a folder.
+
+    It may where there is none, where it is empty, and where it holds a run of the same command and nothing else, which
+    `backup_run` then renames. marker: the file by whose name and keys such a run is recognised.
+    """
+    if not run_dir.exists():
+        return
+    if not run_dir.is_dir():
+        raise UserError(f"--run-dir {run_dir}: is a file; name a folder")
+    names = sorted(path.name for path in run_dir.iterdir() if path.name not in FILE_MANAGERS)
+    try:
+        is_run = not names or FORMATS[marker] <= set(json.loads((run_dir / marker).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        is_run = False
+    foreign = [name for name in names if not is_run or not RUN_FILES.fullmatch(name)]
+    runs = [name for name in foreign if any((run_dir / name / file).exists() for file in FORMATS)]
+    if foreign:
+        what = f"other runs ({runs[0]})" if runs else f"what is not of a run of this command ({foreign[0]})"
+        raise UserError(f"--run-dir {run_dir}: holds {what}; a new run needs a folder of its own, such as runs/mine")
+
+
 def backup_run(run_dir, marker):
-    """Renames the folder if it holds an earlier run, recognised by its file `marker`, so that nothing is overwritten."""
+    """Renames the folder if it holds an earlier run, so that nothing is overwritten. Raises UserError as `require_run_dir`."""
+    require_run_dir(run_dir, marker)
     if (run_dir / marker).exists():
         number = 1
         while (backup := run_dir.with_name(f"{run_dir.name}.{number}")).exists():
@@ -151,12 +186,16 @@ def refuse_other_settings(config):
         refuse_changes(config, load_run(config.run_dir)["config"])
 
 
-def save_settings(config, model, table):
-    """Writes config.json and splits.csv, in the main process. table: what `load_captions` returns, with all splits."""
+def save_settings(config, model, table, folder=None):
+    """Writes config.json and splits.csv, in the main process. table: what `load_captions` returns, with all splits.
+
+    folder: where to; None: the run folder.
+    """
     if not distributed.is_main_process():
         return
-    save_run(config.run_dir, dataclasses.replace(config, resume="no"), describe_encoders(model))
-    write_splits(Path(config.run_dir) / SPLITS, table)
+    folder = Path(folder or config.run_dir)
+    save_run(folder, dataclasses.replace(config, resume="no"), describe_encoders(model))
+    write_splits(folder / SPLITS, table)
 
 
 def start_run(config, model, table, skipped):
@@ -169,11 +208,11 @@ def start_run(config, model, table, skipped):
     run_dir = Path(config.run_dir)
     backup_run(run_dir, "config.json")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "skipped.txt").unlink(missing_ok=True)
-        if skipped:
-            (run_dir / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
-        model.tokenizer.save(str(run_dir / "tokenizer.json"))
-        save_settings(config, model, table)
+        # After a kill there is a whole run folder or none. An empty one that is there may be a disk's, which cannot be renamed.
+        with contextlib.nullcontext(run_dir) if run_dir.exists() else atomic_dir(run_dir) as folder:
+            if skipped:
+                (folder / "skipped.txt").write_text("\n".join(skipped) + "\n", encoding="utf-8")
+            model.tokenizer.save(str(folder / "tokenizer.json"))
+            save_settings(config, model, table, folder)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}); name another") from None

@@ -40,7 +40,7 @@ import numpy as np
 from tqdm import tqdm
 
 from captions import SPLIT_LISTS, load_captions
-from utils.files import atomic_dir
+from utils.files import atomic_dir, require_own_folder
 from utils.formats import decode
 from utils.images import read_ahead, resize_image
 
@@ -95,8 +95,7 @@ def write_shards(folder, split, captions_of, per_shard, pictures):
 def shards(options):
     """What `python -m training.shards` does. options: a `WriteShards`."""
     folder = Path(options.output)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder}: is there already; name a new folder")
+    require_own_folder(folder)
     table, image_dir, skipped = load_captions(options.data, skip_bad=options.skip_bad)
     rng, lines = np.random.default_rng(options.seed), []
     try:

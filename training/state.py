@@ -33,6 +33,8 @@ class TrainState:
     joint: Joint | None  # the generator that is trained at the same time, with --gan joint
     data_key: str  # hash of image names and captions, which must be the same when the run is resumed
     frozen_key: str  # hash of the frozen weights, likewise
+    pictures_key: str = ""  # hash of what the image files hold, likewise
+    steps_done: int | None = 0  # in finished epochs; None: resumed from a checkpoint of an earlier version, without a count
     history: list = field(default_factory=list)  # a row for each finished epoch
     losses: list = field(default_factory=list)  # of each step of the current epoch: (2,), CLIP's loss and the total
 
@@ -49,12 +51,27 @@ class TrainState:
         return self.average.module if self.average else self.model
 
     @property
+    def order(self):
+        """The settings, beside the batch size and the seed, that decide which pairs the steps of an epoch have."""
+        return {name: getattr(self.config, name) for name in ("captions_per_image", "unique_images", "extra_fraction")}
+
+    def steps_before(self, steps_per_epoch):
+        """How many steps the finished epochs stand for; with --steps, how many there were, whatever their batch size.
+
+        Without --steps an epoch counts as one, whatever its batch size, so that the rates follow the epochs.
+        """
+        counted = self.config.steps and self.steps_done is not None
+        return self.steps_done if counted else len(self.history) * steps_per_epoch
+
+    @property
     def rsums(self):
         return [row["rsum"] for row in self.history]
 
     def end_epoch(self, row):
         """Adds the finished epoch's row to the history."""
         self.history.append(row)
+        if self.steps_done is not None:
+            self.steps_done += len(self.losses)
         self.losses = []
 
     def average_batch_norm_statistics(self):
@@ -92,6 +109,9 @@ class TrainState:
         saved |= {"history": self.history, "losses": torch.stack(self.losses).cpu() if self.losses else []}
         saved |= {
             "batch_size": self.config.batch_size,
+            "order": self.order,
+            "steps_done": self.steps_done,
+            "pictures": self.pictures_key,
             "processes": distributed.size(),
             "data": self.data_key,
             "frozen": self.frozen_key,
@@ -122,12 +142,15 @@ class TrainState:
         if self.joint:
             self.joint.load_state_dict(saved["joint"])
         self.history, self.losses = saved["history"], list(saved["losses"])
+        self.steps_done = saved.get("steps_done")
 
     def refuse_other_run(self, saved):
         """Raises UserError where a checkpoint was made with other data, another model, or another batch size mid-epoch."""
         run_dir, batch_size = self.config.run_dir, self.config.batch_size
         if saved["data"] != self.data_key:
             raise UserError(f"{run_dir}: its captions or pictures have changed; restore them, or start a new run")
+        if saved.get("pictures", self.pictures_key) != self.pictures_key:
+            raise UserError(f"{run_dir}: its pictures have changed, under the same names; restore them, or start a new run")
         same_encoders = load_run(run_dir)["encoders"] == json.loads(json.dumps(describe_encoders(self.model)))
         same_tokens = read_tokenizer(run_dir).to_str() == self.model.tokenizer.to_str()
         if not (same_encoders and same_tokens and saved["frozen"] == self.frozen_key):
@@ -140,6 +163,12 @@ class TrainState:
                 f"--batch-size {batch_size}: {run_dir} stopped within an epoch with batches of {saved['batch_size']}; "
                 "finish that epoch before changing it"
             )
+        for name, before in saved.get("order", {}).items() if len(saved["losses"]) else ():
+            if before != self.order[name]:
+                raise UserError(
+                    f"--{name.replace('_', '-')} {self.order[name]}: {run_dir} stopped within an epoch with {before}; finish "
+                    "that epoch before changing it"
+                )
         if len(saved["losses"]) and is_stream(self.config.data_dir) and saved["processes"] != distributed.size():
             raise UserError(
                 f"{run_dir}: stopped within an epoch with {saved['processes']} processes, which have shards of their own each; "
@@ -175,5 +204,6 @@ def create_state(config, model, splits, device, dtype):
         average=average,
         joint=joint,
         data_key=cache_key(*(split.identity for split in splits.values())),
+        pictures_key=cache_key(*(split.contents for split in splits.values())),
         frozen_key=tensors_key({name: value for name, value in model.named_parameters() if not value.requires_grad}),
     )

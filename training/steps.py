@@ -30,7 +30,7 @@ def train_epoch(state, loader, device, dtype, terminated):
     set_train_mode(model)
     state.losses = [losses.to(device) for losses in state.losses]
     sampler.epoch, sampler.start = len(state.history), len(state.losses)
-    done, total = sampler.epoch * sampler.steps, state.config.steps or state.config.epochs * sampler.steps
+    done, total = state.steps_before(sampler.steps), state.config.steps or state.config.epochs * sampler.steps
     steps = min(sampler.steps, total - done)  # the last epoch of --steps may be shorter
     scales = [lr_scale(done + step, total, state.config, state.rsums) for step in range(steps)]
     desc, batches = f"epoch {sampler.epoch + 1}", iter(loader)

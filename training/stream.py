@@ -27,10 +27,11 @@ from training import distributed
 from training.shard_reader import Index, Shards, index_path, load_index
 from utils.cache import cache_key
 from utils.errors import UserError
-from utils.files import atomic_dir
+from utils.files import atomic_dir, digest
 from utils.images import as_batch, decode_image
 
 BLOCK = 1024  # pictures that are shuffled together; they are kept in memory as files
+HEAD = 2**20  # bytes of a shard that are compared when a run is resumed
 NUM_SHOWN = 3  # problems listed in an error
 
 
@@ -60,6 +61,17 @@ class Stream:
     def captions(self):
         """The first captions, at most MAX_CAPTIONS."""
         return self.index.captions
+
+    @property
+    def contents(self):
+        """What tells these shards from others of the same names: all of them cannot be read only for that."""
+        if isinstance(self.shards.contents, str):
+            return self.shards.contents  # a hub's revision
+        heads = []
+        for path, *_ in self.shards.contents:
+            with open(path, "rb") as file:
+                heads.append((os.path.getsize(path), digest(file.read(HEAD))))
+        return heads
 
     @property
     def identity(self):
@@ -275,6 +287,8 @@ def unpack(shards, config):
         folder.parent.mkdir(parents=True, exist_ok=True)
         write_unpacked(folder, shards, config.skip_bad)
     except OSError as error:
+        if folder.is_dir():  # another process has just written the same pictures
+            return folder
         raise UserError(f"--cache-dir {config.cache_dir}: cannot be written ({error.strerror}); name another folder") from None
     return folder
 

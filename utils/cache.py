@@ -31,7 +31,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.files import atomic_write, remove_leftovers
+from utils.files import CACHED, atomic_write, remove_leftovers
 
 
 def free_space(folder):
@@ -151,6 +151,14 @@ def bytes_in(path):
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
+def is_cached(path):
+    """Whether an entry of the cache folder is from here: by its key, or as a folder of decoded pictures by what is in it."""
+    if CACHED.fullmatch(path.name):
+        return True
+    decoded = path.name.startswith("images-") and path.is_dir()
+    return decoded and all(inner.suffix in (".bin", ".npy") for inner in path.iterdir())
+
+
 def cache_line(cache_dir):
     """A message with the size of the cache folder."""
     size = bytes_in(Path(cache_dir)) / 1e9
@@ -167,9 +175,12 @@ def cache(options):
     for uses in sorted(path for name in options.runs for path in Path(name).rglob(USES_FILE)):
         for stem in uses.read_text(encoding="utf-8").split():
             users[stem].append(str(uses.parent))
-    unused = 0
+    unused, foreign = 0, []
     for path in sorted(folder.iterdir()):
         if path.suffix == ".tmp" or path.name.startswith(KEPT):  # being written, or learned from data of the user's
+            continue
+        if path.is_symlink() or not is_cached(path):
+            foreign.append(path.name)
             continue
         size, used_by = bytes_in(path), users.get(path.stem)
         print(f"{size / 1e9:8.2f} GB  {path.name}  {', '.join(used_by) if used_by else 'used by no run'}")
@@ -179,6 +190,8 @@ def cache(options):
                 shutil.rmtree(path)
             elif options.delete:
                 path.unlink()
+    if foreign:
+        print(f"not of the cache, and left alone: {len(foreign):,} others, such as {foreign[0]}")
     places = ", ".join(options.runs)
     if options.delete:
         print(f"deleted {unused / 1e9:.2f} GB that no run in {places} used")

@@ -18,7 +18,16 @@ from utils.errors import UserError
 
 REPLACE_TIMEOUT = 5  # seconds; on Windows a virus scanner or a spreadsheet may keep a file open
 LEFTOVER_AGE = 24 * 3600  # seconds after which an unfinished file of another machine counts as abandoned
+CACHED = re.compile(r"[a-z-]+-[0-9a-f]{20}([.-].*)?")  # names in a cache folder: what it is, and a `utils.cache.cache_key`
+IN_A_RUN = re.compile(  # names of what is written into a run folder by way of `temporary_path`
+    r"(model|hubness|generator)\.safetensors|(last|previous)\.pt|(config|gan|relevance|tokenizer)\.json|references\.npy|"
+    r"(history|splits|tradeoff)\.csv|\w+\.png|README\.md|pictures(-before)?"
+)
 HOST = re.sub(r"[^\w-]", "_", platform.node())
+DIGEST_SIZE = 16  # bytes
+FILE_MANAGERS = (".DS_Store", "Thumbs.db", "desktop.ini")  # what these write into any folder that is looked at
+PNG_MARK = "Source", "CLIP on captioned pictures"  # a text in each PNG
+RESULTS = ("average", "files", "groups", "image", "images", "pairs", "points", "queries", "query", "runs")  # of --json
 CANNOT_WRITE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST)
 
 
@@ -28,19 +37,27 @@ def temporary_path(path):
 
 
 def remove_leftovers(folder):
-    """Removes unfinished files of processes that have ended, in a folder and those below it."""
+    """Removes unfinished files of processes that have ended, in a folder and those below it.
+
+    They are recognised by what `temporary_path` puts into a name. Whether a process of another machine has ended cannot be
+    seen; of its files those go that are old, and only where the rest of the name is one of ours, too.
+    """
     for path in Path(folder).rglob("*.tmp"):
-        writer = re.search(r"\.([\w-]+)-(\d+)\.tmp$", path.name)
+        parts = re.fullmatch(r"(.+)\.([\w-]+)-(\d+)\.tmp", path.name)
+        if not parts:
+            continue
+        target, host, pid = parts.groups()
         try:
-            if writer and writer[1] == HOST and os.name != "nt":  # on Windows os.kill(pid, 0) would end it
-                abandoned = not is_running(int(writer[2]))
+            if host == HOST and os.name != "nt":  # on Windows os.kill(pid, 0) would end it
+                abandoned = not is_running(int(pid))
             else:
-                abandoned = time.time() - path.stat().st_mtime > LEFTOVER_AGE
-            if abandoned and path.is_dir():
+                is_ours = CACHED.fullmatch(target) or IN_A_RUN.fullmatch(target)
+                abandoned = is_ours and time.time() - path.stat().st_mtime > LEFTOVER_AGE
+            if abandoned and path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif abandoned:
                 path.unlink()
-        except OSError:  # already removed, or another user's
+        except (OSError, OverflowError):  # already removed, or another user's; a number that is no process's
             continue
 
 
@@ -93,14 +110,27 @@ def atomic_write(path, write, backup=None):
 
 
 @contextlib.contextmanager
-def atomic_dir(folder):
-    """A temporary folder to write into, which replaces `folder` at the end; after an error `folder` is unchanged."""
+def atomic_dir(folder, own=None):
+    """A temporary folder to write into, which becomes `folder` at the end; after an error `folder` is unchanged.
+
+    own: as for `require_own_folder`; a folder that an earlier call wrote is then replaced.
+    Raises UserError as that does, before anything is written, and again at the end.
+    """
+    require_own_folder(folder, own)
+    named, folder = folder, Path(folder).resolve()
     temporary, backup = temporary_path(folder), temporary_path(folder.with_name(f"{folder.name}-before"))
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        if folder.exists():
-            replace(folder, backup)
+        if own:
+            now = time.time_ns()
+            for path in filter(Path.is_file, temporary.rglob("*")):
+                os.utime(path, ns=(now, now))
+            require_own_folder(named, own)  # something may have been put there meanwhile
+            if folder.exists():
+                replace(folder, backup)
+        elif folder.exists():
+            folder.rmdir()  # it is empty, else this raises; Windows replaces no folder
         try:
             replace(temporary, folder)
         except OSError:
@@ -112,14 +142,93 @@ def atomic_dir(folder):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_own_folder(folder, own=None):
+    """Raises UserError unless a command may write a folder again, and so delete all that is in it.
+
+    That is where there is none, or where it is empty. own: a pattern of the names below `folder` that the command writes, with
+    / in them; a folder that holds nothing else is the command's, too, if all files have one time, as `atomic_dir` gives them: a
+    file of the user's, or one that was edited, has another.
+    """
+    path = Path(folder).resolve()
+    if not path.exists():
+        return
+    if not own and (path.is_file() or any(path.iterdir())):
+        raise UserError(f"{folder}: is there already; name a new folder")
+    if not path.is_dir():
+        raise UserError(f"{folder}: is a file; name a folder")
+    if Path.cwd().is_relative_to(path):
+        raise UserError(f"{folder}: is the current folder, or holds it; name a new folder")
+    problem = own and foreign_part(path, own)
+    if problem:
+        raise UserError(f"{folder}: {problem}, and would be deleted; name a new folder, or move it")
+
+
+def foreign_part(folder, own):
+    """What in a folder is not as `atomic_dir` wrote it, in words; "" where all is. own: as for `require_own_folder`."""
+    times = []
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.name in FILE_MANAGERS or path.is_dir() and not path.is_symlink() and any(path.iterdir()):
+            continue
+        if not re.fullmatch(own, name) or not path.is_file():
+            return f"holds {name}, which this command did not write"
+        times.append((path.stat().st_mtime_ns, name))
+    if len(times) == 1:  # a captions file alone; each command writes pictures, too
+        return f"holds {times[0][1]} alone, which this command did not write"
+    changed = len({time for time, _ in times}) > 1
+    return f"holds {max(times)[1]}, which was changed after this command wrote it" if changed else ""
+
+
+def require_own_file(path, is_own, flag):
+    """Raises UserError where a file may not be replaced, because is_own(path) is not true of it.
+
+    An empty file is anyone's. flag: the one that names the path, for the error.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UserError(f"{flag} {path}: is a folder or a device; name a file")
+    if path.stat().st_size and not is_own(path):
+        raise UserError(f"{flag} {path}: is there, and this command did not write it; name another file, or move it")
+
+
+def is_own_png(path):
+    """Whether a file is a PNG that was written here, recognised by its text PNG_MARK."""
+    with open(path, "rb") as file:
+        return b"\0".join(part.encode() for part in PNG_MARK) in file.read(1024)
+
+
+def is_own_json(path):
+    """Whether a file is of `write_json`, recognised by its layout, and holds results, recognised by its first name."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = json.loads(text)
+        return text == as_json(value) and next(iter(value)) in RESULTS
+    except (ValueError, TypeError, StopIteration, RecursionError):
+        return False
+
+
+def require_own_results(json="", output=""):
+    """Raises UserError where a command's --json or --output may not be replaced. "": that one is not written."""
+    if json:
+        require_own_file(json, is_own_json, "--json")
+    if output:
+        require_own_file(output, is_own_png, "--output")
+
+
+def as_json(value):
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json(path, value):
     """Writes plain values as a JSON file, atomically."""
-    atomic_write(path, lambda temporary: temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
+    atomic_write(path, lambda temporary: temporary.write_text(as_json(value), encoding="utf-8"))
 
 
 def digest(contents):
     """A hash of a file's bytes, by which it is recognised under another name."""
-    return hashlib.blake2b(contents, digest_size=16).digest()
+    return hashlib.blake2b(contents, digest_size=DIGEST_SIZE).digest()
 
 
 def read_text(path, flag="--data-dir"):

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Rectangle
 
-from utils.files import atomic_write
+from utils.files import PNG_MARK, atomic_write
 
 MAX_NAMES = 60  # with more classes, a confusion matrix has no class names
 DARK, GREEN, GREY = "#333333", "#2e8b57", "#999999"
@@ -24,7 +24,9 @@ def has_display():
 
 def save(figure, path, show=False):
     """Writes a PNG. show: also open a window, if there is a display."""
-    atomic_write(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight"))
+    atomic_write(
+        path, lambda temporary: figure.savefig(temporary, format="png", metadata=dict([PNG_MARK]), dpi=110, bbox_inches="tight")
+    )
     if show and has_display():
         plt.show()
     plt.close(figure)

@@ -31,7 +31,7 @@ def test_what_a_killed_process_left_goes_when_the_next_begins_and_what_is_being_
         path.write_bytes(b"")
     os.utime(kept[2], (0, 0))  # of a program that names no process, long ago
     remove_leftovers(tmp_path)
-    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept[:2])
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == sorted(kept)
     assert list((tmp_path / "heads").iterdir()) == []
 
 
