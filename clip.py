@@ -18,7 +18,6 @@ import transformers
 from huggingface_hub import ModelHubMixin
 from torch import nn
 
-from captions import SPLITS
 from config import (
     CONTEXT_LENGTH,
     HUBNESS_FILE,
@@ -36,6 +35,7 @@ from encoders.hubness import load_hubness
 from encoders.openclip import build_open_clip, load_open_clip
 from encoders.stages import run_from_stage
 from encoders.tokenizer import CleaningTokenizer, openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
+from loading.trained import SPLITS
 from modules import ImageEncoder, OpenClipImageEncoder, OpenClipTextEncoder, ProjectionHead, TextEncoder
 from utils.device import pick_device
 from utils.errors import UserError

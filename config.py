@@ -29,8 +29,8 @@ class Config:
     # Data
     data_dir: str = ""  # folder with Images/ and captions, shards as 'DIR/{00..99}.tar', or hf:NAME; empty: Flickr8k, if found
     val_data: str = ""  # validation pictures for training on shards: a folder, shards, or hf:NAME:SPLIT
-    image_column: str = ""  # picture column of parquet files or hf:NAME; empty: found by its type
-    caption_column: str = ""  # caption column of parquet files or hf:NAME; empty: found by its name
+    image_column: str = ""  # image column of a table, parquet files or hf:NAME; empty: found by its name or type
+    caption_column: str = ""  # caption column of a table, parquet files or hf:NAME; empty: found by its name
     image_path: str = ""  # folder of the images, where it is not in data_dir
     captions_path: str = ""  # captions file, where it is not in data_dir
     download: bool = False  # download Kaggle's Flickr8k if it is not found (needs a network)
@@ -572,8 +572,6 @@ def stream_rules(c):
     yield stream and other, f"{shards}; {kept}"
     places = "--captions-path, --image-path: are of a folder, and --data-dir names shards; leave them out"
     yield stream and (c.captions_path or c.image_path), places
-    columns = "--image-column, --caption-column: are of parquet files or hf:NAME, and --data-dir names a folder; leave them out"
-    yield not stream and (c.image_column or c.caption_column), columns
 
 
 def without_paths(config):

@@ -74,7 +74,7 @@ def train(config):
             save_weights(model, run_dir)  # the best so far; fine-tuning may not improve on it
     model.to(device, memory_format=torch.channels_last)
     with distributed.main_process_first():
-        for path in (splits["val"].pictures.dataset.folder, *stream_files(config, stream, image_dir)):
+        for path in (splits["val"].pictures.dataset.folder, table.attrs["contents"], *stream_files(config, stream, image_dir)):
             note_use(run_dir, path)
         freeze_encoders(config, model, splits, image_dir, device, dtype)
     distributed.broadcast_weights(model)

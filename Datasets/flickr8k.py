@@ -24,10 +24,13 @@ def find():
 
 
 def find_on_kaggle():
+    return (path.parent for path in on_kaggle("captions.txt") if (path.parent / "Images").is_dir())
+
+
+def on_kaggle(name):
+    """Yields the files of this name in the data sets that are attached on Kaggle, the shallowest first."""
     for depth in range(1, KAGGLE_DEPTH + 1):
-        for captions in sorted(Path(KAGGLE_INPUT).glob("*/" * depth + "captions.txt")):
-            if (captions.parent / "Images").is_dir():
-                yield captions.parent
+        yield from sorted(Path(KAGGLE_INPUT).glob("*/" * depth + name))
 
 
 def download():

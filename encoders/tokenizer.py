@@ -14,6 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from encoders.build import load_pretrained
 from utils.errors import UserError
 
+MAX_LETTERS = 1000  # of what stands between two spaces; more become one unknown token
+UNKNOWN = ("[UNK]", "<unk>")  # how tokenizers call the token for what they do not know; those of bytes have none
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
 
 
@@ -45,7 +47,9 @@ def train_tokenizer(captions, vocab_size, max_length, start="[CLS]"):
 
     start: the token before each caption; empty: none. Each caption ends in [SEP].
     """
-    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    # Marks stay: without its vowel signs, Hindi's word for flower is that for fruit. NFC: they may be written in two ways.
+    normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.BertNormalizer(lowercase=True, strip_accents=False)])
+    pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer_tokenizer = tokenizers.Tokenizer(models.WordPiece())
     trainer_tokenizer.normalizer, trainer_tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     captions = list(captions)
@@ -56,7 +60,9 @@ def train_tokenizer(captions, vocab_size, max_length, start="[CLS]"):
     trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=first_tokens, show_progress=False)
     trainer_tokenizer.train_from_iterator(captions, trainer)
 
-    tokenizer = tokenizers.Tokenizer(models.WordPiece(trainer_tokenizer.get_vocab(), unk_token="[UNK]"))
+    # Scripts without spaces, such as Thai's, make "words" of whole sentences; by default, those over 100 letters are unknown.
+    model = models.WordPiece(trainer_tokenizer.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=MAX_LETTERS)
+    tokenizer = tokenizers.Tokenizer(model)
     tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = normalizer, pre_tokenizer, decoders.WordPiece()
     tokenizer.add_special_tokens(SPECIAL)
     ends = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
@@ -108,3 +114,13 @@ def tokenize(tokenizer, texts):
     encodings = tokenizer.encode_batch(list(texts))
     input_ids = torch.tensor([encoding.ids for encoding in encodings])
     return input_ids, torch.tensor([encoding.attention_mask for encoding in encodings])
+
+
+def count_unknown(tokenizer, captions):
+    """How many captions are, by half of their tokens or more, unknown to the tokenizer: the model cannot tell them apart."""
+    unknown = {tokenizer.token_to_id(token) for token in UNKNOWN} - {None}
+    count = 0
+    for encoding in tokenizer.encode_batch(list(captions)) if unknown else ():
+        ids = [i for i, special in zip(encoding.ids, encoding.special_tokens_mask) if not special or i in unknown]
+        count += len(ids) > 0 and 2 * sum(i in unknown for i in ids) >= len(ids)
+    return count

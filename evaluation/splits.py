@@ -1,10 +1,9 @@
 """Which images and captions a run is scored on, and their similarities."""
 
-from pathlib import Path
-
-from captions import SPLITS, image_positions, load_captions, training_images
+from captions import image_positions, load_captions
 from config import is_model_name, is_stream, load_run, run_names
 from embedding import file_features, pair_scores, picture_vectors, text_features, text_vectors, token_ids
+from loading.trained import read_splits, recognised, trained_rows, unlisted_lines, with_contents
 from training.stream import validation_table
 from utils.errors import UserError
 
@@ -73,6 +72,7 @@ def rows_of_run(run, data_paths, split, skip_bad):
     """
     config = None if is_model_name(run) else load_run(run)["config"]
     own_data = not any(data_paths)
+    columns = (config.image_column, config.caption_column) if config and own_data else ("", "")
     if own_data:
         if not config:
             raise UserError(f"--run {run}: has no data of its own; name a data set with --data-dir")
@@ -80,31 +80,41 @@ def rows_of_run(run, data_paths, split, skip_bad):
     if own_data and is_stream(config.data_dir):
         table, image_dir, skipped = validation_table(config)
     else:
-        table, image_dir, skipped = load_captions(*data_paths, skip_bad=skip_bad)
+        table, image_dir, skipped = load_captions(*data_paths, skip_bad, columns)
     if config and not own_data and is_stream(config.data_dir):
         print("this run was trained on shards, whose pictures it does not list: see that none of these is among them")
     of_split = table if split == "all" else table[table["split"] == split]
     if of_split.empty:
         counts = ", ".join(f"{name} {count}" for name, count in table["split"].value_counts().items() if name)
         raise UserError(f"--split {split}: this data has no such images (captions: {counts}); --split all scores every image")
+    notes = table.attrs.get("split")
+    if split != "all" and notes:
+        print("\n".join([notes.lines()[0], *filter(None, [notes.caution])]))
     if config and split != "train":
-        of_split = without_training_images(run, of_split, split)
+        of_split = without_training_images(run, with_contents(of_split, image_dir), split)
     elif config and config.train_images and own_data:  # of this data the run saw these only
-        of_split = of_split[of_split["image"].isin(training_images(Path(run) / SPLITS, table))]
+        rows = trained_rows(read_splits(run), own=True)
+        of_split = of_split[of_split["image"].isin(set.union(*recognised(rows, with_contents(table, image_dir))))]
     return of_split, image_dir, len(skipped)
 
 
 def without_training_images(run, table, split):
-    """A table without the images that a run was trained on, which would make the score too good. Prints how many.
+    """A table without the images that a run, or what it started from, was trained on: the score would be too good.
 
-    With --split all they stay in. Raises UserError if no image remains.
+    table: with the column content. Prints how many are left out, and how they are recognised. With --split all they stay in.
+    Raises UserError if no image remains.
     """
-    trained = training_images(Path(run) / SPLITS, table)
+    rows = read_splits(run)
+    by_content, by_captions = recognised(trained_rows(rows), table)
+    trained = by_content | by_captions
+    for line in unlisted_lines(rows):
+        print(f"{run}: {line}")
     if trained and split == "all":
         print(f"{len(trained):,} of these images were trained on, so this is no score on new images")
         return table
     if trained:
-        print(f"left out: {len(trained):,} images of the {split} split, which this run was trained on")
+        how = f" ({len(by_captions):,} of them known by name and captions, with other bytes)" if by_captions else ""
+        print(f"left out: {len(trained):,} images of the {split} split, which this run was trained on{how}")
         table = table[~table["image"].isin(trained)]
     if table.empty:
         raise UserError(f"--split {split}: {run} was trained on all of these images; score it on other images")

@@ -24,7 +24,8 @@ def read_data(run):
 
         table, image_dir, _ = validation_table(config)
     else:
-        table, image_dir, _ = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
+        paths = config.data_dir, config.image_path, config.captions_path
+        table, image_dir, _ = load_captions(*paths, config.skip_bad, (config.image_column, config.caption_column))
     return table, image_dir
 
 

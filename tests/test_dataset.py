@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from captions import mentions_left_or_right
+from captions import is_english, mentions_left_or_right
 from dataset import CLIPDataset, PairSampler, pad
 from Datasets import shapes
 from training.data import batch_loader
@@ -319,3 +319,18 @@ def test_captions_tell_the_truth_about_places():
         assert ("left" in relation) == red_first and ("right" in relation) != red_first
         assert "above" not in relation and "below" not in relation
         assert "grey" in ground
+
+
+@pytest.mark.parametrize(
+    ("captions", "expected"),
+    [
+        (["A dog runs through the snow .", "two men on a bench"], True),
+        (["a small red circle left of a blue square", "a ring on a grey background"], True),
+        (["Ein Hund läuft am Strand", "Zwei Männer sitzen links auf einer Bank"], False),
+        (["un perro corre por la playa a la izquierda"], False),
+        (["बाईं ओर एक कुत्ता"], False),
+        (["左边有一只狗"], False),
+    ],
+)
+def test_english_captions_are_told_from_others_which_are_not_flipped(captions, expected):
+    assert is_english(captions) == expected

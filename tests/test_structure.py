@@ -9,7 +9,7 @@ from conftest import ROOT
 
 SHARED_SCRIPTS = {"config", "captions", "dataset", "modules", "clip", "embedding"}
 COMMANDS = {"main", "evaluate", "inference", "GAN", "app"}
-FOLDERS = {"encoders", "training", "evaluation", "search", "generation", "utils"}
+FOLDERS = {"encoders", "loading", "training", "evaluation", "search", "generation", "utils"}
 LESSONS = {"lessons", "experiments", "assignment"}  # stand above the commands, and may train and score with them
 WORDS = {  # what a course does not use: what to write; [ ] keeps this list from matching itself
     r"held[ ]still": "frozen",

@@ -13,9 +13,9 @@ import numpy as np
 import pandas as pd
 import torch
 
-from captions import SPLITS, write_splits
 from clip import describe_encoders
 from config import load_run, refuse_changes, save_run
+from loading.trained import SPLITS, earlier_rows, write_splits
 from training import distributed
 from utils.errors import UserError
 from utils.files import FILE_MANAGERS, atomic_dir, atomic_write, remove_leftovers, replace
@@ -187,7 +187,7 @@ def refuse_other_settings(config):
 
 
 def save_settings(config, model, table, folder=None):
-    """Writes config.json and splits.csv, in the main process. table: what `load_captions` returns, with all splits.
+    """Writes config.json and splits.csv, in the main process. table: what `training.data.read_table` returns.
 
     folder: where to; None: the run folder.
     """
@@ -195,7 +195,8 @@ def save_settings(config, model, table, folder=None):
         return
     folder = Path(folder or config.run_dir)
     save_run(folder, dataclasses.replace(config, resume="no"), describe_encoders(model))
-    write_splits(folder / SPLITS, table)
+    earlier = earlier_rows(config.model, config.run_dir, config.resume != "no")
+    write_splits(folder / SPLITS, table, earlier)
 
 
 def start_run(config, model, table, skipped):

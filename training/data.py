@@ -11,11 +11,13 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from captions import image_positions, load_captions, load_generated, mentions_left_or_right
+from captions import image_positions, is_english, load_captions, load_generated, mentions_left_or_right
 from config import SHAPES, generated_per_batch, is_stream
 from dataset import CLIPDataset, PairSampler, RepeatingSampler, collate
 from Datasets import flickr8k, shapes
 from embedding import activation_features, image_features, text_features, token_ids
+from loading.splits import SplitNotes
+from loading.trained import earlier_rows, with_contents, without_trained
 from training import distributed
 from training.stream import Stream, StreamLoader, validation_table
 from utils.cache import write_array
@@ -43,6 +45,7 @@ class Split:
         default_factory=list
     )  # for each generated image, which come last: positions of real images with its caption
     contents: tuple = ()  # hashes of the n image files
+    notes: SplitNotes | None = None  # of the validation split: how the data was split
 
     @property
     def num_images(self):
@@ -81,17 +84,37 @@ def fetch_data(config, flickr8k_dir):
 def read_table(config):
     """(table, image_dir, skipped) as `load_captions` gives them, with --train-images only so many of the training images.
 
+    Validation and test images that the run, or the model that it starts from, is trained on are in no split; these, and images
+    that no list names, are in `skipped`. The table has a column more, content, of `loading.trained.with_contents`.
     Where the training data lie in shards, the table has the validation images only.
     Raises UserError where train or val has no image, or train fewer than that.
     """
     if is_stream(config.data_dir):
-        return validation_table(config)
-    table, image_dir, skipped = load_captions(config.data_dir, config.image_path, config.captions_path, config.skip_bad)
+        table, image_dir, skipped = validation_table(config)
+        notes = SplitNotes(f"shards for training, all validation images of {config.val_data}")
+    else:
+        paths, columns = (
+            (config.data_dir, config.image_path, config.captions_path),
+            (config.image_column, config.caption_column),
+        )
+        table, image_dir, skipped = load_captions(*paths, config.skip_bad, columns)
+        notes = table.attrs["split"]
+        table = draw_training_images(config, table, image_dir)
+    table = with_contents(table, image_dir, config.num_workers, config.cache_dir)
+    earlier = earlier_rows(config.model, config.run_dir, config.resume != "no")
+    table, lines = without_trained(table, earlier, config.model)
+    table.attrs["split"] = replace(notes, notes=notes.notes + lines)
+    unused = table["image"][table["split"] == ""].unique()
+    return table, image_dir, skipped + [f"{image_dir / name}: in no split, or trained on as well" for name in unused]
+
+
+def draw_training_images(config, table, image_dir):
+    """A table with as many training images as --train-images asks for. Raises UserError as `read_table` does."""
     for split, ending in (("train", "train"), ("val", "dev")):
         if split not in set(table["split"]):
             raise UserError(
                 f"{image_dir}: none of its images is in the {split} split; list their names in a file that ends in "
-                f"{ending}Images.txt, or use more images"
+                f"{ending}Images.txt, or use more images (split: {table.attrs['split'].rule})"
             )
     names = table["image"][table["split"] == "train"].unique()
     if config.train_images > len(names):
@@ -99,7 +122,7 @@ def read_table(config):
     if config.train_images:
         chosen = np.random.default_rng(config.seed).choice(names, config.train_images, replace=False)
         table = table[(table["split"] != "train") | table["image"].isin(chosen)].reset_index(drop=True)
-    return table, image_dir, skipped
+    return table
 
 
 def load_splits(config, table, image_dir, model, bytes_to_come, stream=None):
@@ -108,6 +131,7 @@ def load_splits(config, table, image_dir, model, bytes_to_come, stream=None):
     stream: the `stream.Stream` that is the training split, if that lies in shards.
     Returns ({"train": Split, "val": Split}, messages about skipped pictures). Generated pictures of --extra-data come last.
     """
+    notes = table.attrs.get("split")
     table, generated = table[table["split"].isin(["train", "val"])], frozenset()
     if config.extra_data:
         pairs = load_generated(config.extra_data, table)
@@ -131,6 +155,7 @@ def load_splits(config, table, image_dir, model, bytes_to_come, stream=None):
     require_batch(config, splits["train"].num_real, image_dir)
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
+    splits["val"].notes = notes
     return splits, list(bad.values())
 
 
@@ -196,7 +221,9 @@ def train_loader(config, model, split, device):
     )
     no_flip = None
     if config.hflip:
-        no_flip = [not config.flip_left_right and mentions_left_or_right(caption) for caption in split.captions]
+        if unknown := not (config.flip_left_right or is_english(split.captions)):
+            print("--hflip: off, as the captions are not English, and may say left or right; --flip-left-right flips anyway")
+        no_flip = [unknown or not config.flip_left_right and mentions_left_or_right(caption) for caption in split.captions]
     size, keys = model.image_encoder.size, (split.image_key, split.text_key)
     dataset = CLIPDataset(split.images, split.texts, size, config.crop, no_flip, *keys)
     return batch_loader(dataset, sampler, model.tokenizer.padding["pad_id"], config.num_workers, device.type == "cuda")

@@ -19,7 +19,7 @@ An image encoder and a text encoder that embed pictures and captions in one spac
 ## Data
 
 {train:,} training images with {train_captions:,} captions and {val:,} validation images, from `{data}`. The
-input is the centre crop of each picture, {size} x {size} pixels.
+input is the centre crop of each picture, {size} x {size} pixels.{split}
 
 ## Encoders
 
@@ -66,10 +66,11 @@ LOSSES = {
 }
 
 
-def write_card(run_dir, config, model, splits, scores):
+def write_card(run_dir, config, model, splits, scores, notes=None):
     """Writes RUN_DIR/README.md.
 
-    splits: {"train": Split, "val": Split}. scores: of the validation split, from `evaluation.retrieval.recall`.
+    splits: {"train": Split, "val": Split}. scores: of the validation split, from `evaluation.retrieval.recall`. notes: the
+    `loading.splits.SplitNotes` of the data.
     """
     licence = getattr(model.image_encoder.backbone, "pretrained_cfg", {}).get("license") or "see their source"
     none = "none, it was initialised randomly"
@@ -79,7 +80,9 @@ def write_card(run_dir, config, model, splits, scores):
         cells = [side.replace("_", " "), *(f"{scores[side][column]:.1f}" for column in columns)]
         rows.append("| " + " | ".join(cells) + " |")
     correction = "" if model.hubness is None else CORRECTION
+    split = [f"Split: {notes.rule}.", *(f"**{line}.**" for line in [notes.caution] if line)] if notes else []
     text = CARD.format(
+        split="".join(f"\n\n{line}" for line in split),
         correction=correction,
         image=last_part(config.image_encoder),
         text=last_part(config.text_encoder),

@@ -69,15 +69,15 @@ def read_planned(config, flickr8k_dir, folder):
     if config.data_dir == SHAPES.data_dir and not Path(config.data_dir).exists():
         print(f"{'data':12}the sample, which would be drawn into {config.data_dir}")
         shapes.draw(f"{folder}/sample")
-        return read_table(replace(config, data_dir=f"{folder}/sample"))[:2]
+        return read_table(replace(config, data_dir=f"{folder}/sample", cache_dir=folder))[:2]
     if config.download and not (config.data_dir or flickr8k_dir):
         raise UserError("--dry-run --download: a dry run downloads nothing; leave --dry-run out to get Flickr8k")
-    config = fetch_data(config, flickr8k_dir)
+    config = replace(fetch_data(config, flickr8k_dir), cache_dir=folder)  # what is counted and unpacked does not stay
     if not is_stream(config.data_dir):
         table, image_dir, _ = read_table(config)
         print(f"{'data':12}{image_dir}")
+        print("\n".join(table.attrs["split"].lines()))
         return table, image_dir
-    config = replace(config, cache_dir=folder)  # what is counted and unpacked does not stay
     stream, (table, image_dir, _) = open_stream(config), read_table(config)
     print(f"{'data':12}{config.data_dir}")
     return pd.concat([table, rows_of(stream)], ignore_index=True), image_dir

@@ -9,6 +9,7 @@ import torch
 from config import generated_per_batch, is_stream
 from embedding import picture_vectors, project_and_normalize, text_features, token_ids
 from encoders.hubness import BANK, Hubness
+from encoders.tokenizer import count_unknown
 from evaluation.relevance import relevance_line, write_relevance
 from evaluation.retrieval import recall_table, score, similarities
 from search.queries import as_queries
@@ -53,9 +54,17 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
     counts = [f"{split.num_images:,} {name} images ({split.num_captions:,} captions)" for name, split in splits.items()]
     where = config.data_dir if is_stream(config.data_dir) else image_dir
     print(f"{' and '.join(counts)} from {where}; left out: {num_skipped}")
+    print("\n".join(splits["val"].notes.lines()))
     cut = sum(count_cut(model.tokenizer, split) for split in splits.values())
     if cut:
         print(f"{cut:,} captions are longer than {model.tokenizer.truncation['max_length']} tokens, and are cut there")
+    unknown = sum(count_unknown(model.tokenizer, split.captions) for split in splits.values())
+    if unknown:
+        print(
+            f"{unknown:,} captions are mostly unknown to the text encoder's tokenizer, and cannot be told apart: use one that "
+            "knows their language (--text-encoder xlm-roberta-base), or --text-weights random --text-encoder distilbert, whose "
+            "vocabulary is made from the captions"
+        )
     if splits["train"].sources:
         extra = generated_per_batch(config)
         count = len(splits["train"].sources)
@@ -125,6 +134,8 @@ def write_report(state, splits, start, device, dtype):
     summary = f"best epoch {best['epoch']}" if best["rsum"] > start.rsum else f"best {before}"
     print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(scores))
+    if validation.notes.caution:
+        print(validation.notes.caution)
     if start.rsum >= 0:
         print(f"rsum {start.rsum:.1f} {before}, {scores['rsum']:.1f} now")
     hubness = learn_hubness(model, splits["train"], device, dtype)
@@ -134,7 +145,7 @@ def write_report(state, splits, start, device, dtype):
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)
         learn_relevance(model, validation, I_f, T_f, device, run_dir)
-        write_card(run_dir, state.config, model, splits, scores)
+        write_card(run_dir, state.config, model, splits, scores, validation.notes)
         (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import huggingface_hub
 
-from captions import CAPTION_COLUMNS
 from config import HUB_PREFIX
 from encoders.hub import hub_answers
+from loading.columns import CAPTION_COLUMNS
 from utils.cache import cache_key, file_stats
 from utils.errors import UserError
 from utils.files import expand, write_json

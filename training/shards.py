@@ -39,7 +39,8 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from captions import SPLIT_LISTS, load_captions
+from captions import load_captions
+from loading.splits import SPLIT_LISTS
 from utils.files import atomic_dir, require_own_folder
 from utils.formats import decode
 from utils.images import read_ahead, resize_image

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from captions import SPLIT_LISTS, hashed_split, load_captions, mentions_left_or_right
+from captions import load_captions, mentions_left_or_right
 from config import is_stream
 from dataset import CLIPDataset, pad
 from embedding import token_ids
+from loading.splits import SPLIT_LISTS, hashed_split
 from training import distributed
 from training.shard_reader import Index, Shards, index_path, load_index
 from utils.cache import cache_key

@@ -1,5 +1,6 @@
 """Atomic writes: files and folders appear complete or not at all."""
 
+import codecs
 import contextlib
 import errno
 import functools
@@ -232,15 +233,53 @@ def digest(contents):
 
 
 def read_text(path, flag="--data-dir"):
-    """A UTF-8 text file. flag: the one for its path, for the error. Raises UserError where it cannot be read."""
+    """A text file, in UTF-8, or as spreadsheets write it. flag: the one for its path. Raises UserError where it is no text."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return decode_text(Path(path).read_bytes(), path)
     except (FileNotFoundError, IsADirectoryError):
         raise UserError(f"{path}: no such file; check {flag}") from None
     except PermissionError:
         raise UserError(f"{path}: no permission to read it") from None
+
+
+def decode_text(contents, path):
+    """The bytes of a text file -> text with line breaks of one character. Says so where it is not UTF-8.
+
+    UTF-16 is known by its byte order mark. cp1252 (Western Europe) is taken only where that is certain: every other line is
+    plain, and what is not ASCII are single letters and marks within words of ASCII letters. Raises UserError otherwise.
+    """
+    encoding = "utf-16" if contents[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    try:
+        text = contents.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 at byte {error.start}; save it as UTF-8") from None
+        text, place = as_cp1252(contents), contents.count(b"\n", 0, error.start) + 1
+        if text is None:
+            name = "UTF-16" if encoding == "utf-16" else "UTF-8"
+            raise UserError(f"{path}, row {place}: not {name} at byte {error.start}; save the file as UTF-8") from None
+        word = next(word for word in text.split() if not word.isascii())[:30]
+        print(f"{path}: read in cp1252, as it is not UTF-8 ({word}); if that is wrong, save it as UTF-8", flush=True)
+    if encoding == "utf-16":
+        print(f"{path}: read in UTF-16, as its byte order mark says", flush=True)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def as_cp1252(contents):
+    """Bytes that are no UTF-8 as cp1252, or None where they may as well be something else."""
+    if contents[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or b"\0" in contents:
+        return None
+    for line in contents.split(b"\n"):
+        with contextlib.suppress(UnicodeDecodeError):
+            if not line.decode().isascii():
+                return None  # a line in UTF-8 beside one that is not
+    try:
+        text = contents.decode("cp1252")
+    except UnicodeDecodeError:
+        return None
+    others = set(re.findall(r"[^\x00-\x7f]", text))
+    if not all(other.isalpha() or other in "‘’“”‚„–—…•€£§©®°«»¿¡½¼¾×\xa0´·" for other in others):
+        return None
+    # Cyrillic, Greek and East Asian texts become runs of accented letters, those of old Macintoshes capitals within words.
+    return None if re.search(r"[À-ÿŒœŠšŽžŸ]{3}|[a-z][À-ÞŒŠŽŸ]", text) else text
 
 
 # ---- files within tar files ----------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import os
 import sys
 import textwrap
+import warnings
 
 import cv2
 import matplotlib
@@ -11,6 +12,7 @@ import numpy as np
 from matplotlib.patches import Rectangle
 
 from utils.files import PNG_MARK, atomic_write
+from utils.fonts import choose_fonts
 
 MAX_NAMES = 60  # with more classes, a confusion matrix has no class names
 DARK, GREEN, GREY = "#333333", "#2e8b57", "#999999"
@@ -24,11 +26,13 @@ def has_display():
 
 def save(figure, path, show=False):
     """Writes a PNG. show: also open a window, if there is a display."""
-    atomic_write(
-        path, lambda temporary: figure.savefig(temporary, format="png", metadata=dict([PNG_MARK]), dpi=110, bbox_inches="tight")
-    )
-    if show and has_display():
-        plt.show()
+    choose_fonts(figure)
+    options = {"format": "png", "metadata": dict([PNG_MARK]), "dpi": 110, "bbox_inches": "tight"}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph|Matplotlib currently does not support")  # said once, by `choose_fonts`
+        atomic_write(path, lambda temporary: figure.savefig(temporary, **options))
+        if show and has_display():
+            plt.show()
     plt.close(figure)
 
 

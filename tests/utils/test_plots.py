@@ -53,3 +53,12 @@ def test_a_generated_picture_stands_below_the_real_one_of_its_caption(drawn):
     captions = [f"caption {i}" for i in range(5)]
     expected = [*zip(captions[:4], range(10, 14)), *(("", i) for i in range(20, 24)), (captions[4], 14), ("", 24)]
     assert shown == expected
+
+
+def test_letters_without_a_font_cost_one_line_and_no_warning(tmp_path, capsys, recwarn):
+    for name in ("a", "b"):
+        plots.draw_grid(
+            "\U00012000\U00012001 \U0001e900", [np.zeros((4, 4, 3), np.uint8)], ["\U00012000"], tmp_path / f"{name}.png"
+        )
+    assert capsys.readouterr().out.count("no installed font") <= 1
+    assert not [warning for warning in recwarn if "Glyph" in str(warning.message)] and (tmp_path / "b.png").exists()
