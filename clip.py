@@ -147,12 +147,14 @@ class CLIPModel(nn.Module, ModelHubMixin):
         return logits, logits.T
 
     def logits(self, I_f, T_f):
-        """Features of n images and m captions, (n, d_i) and (m, d_t) -> (n, m) scaled cosines."""
+        """Features of n images and m captions, (n, d_i) and (m, d_t) -> (n, m) scaled cosines, in fp32 under autocast, too."""
         # BEGIN SOLUTION
         # fmt: off
-        I_e = F.normalize(self.image_projection(I_f), dim=1)    # I_e = l2_normalize(np.dot(I_f, W_i), axis=1)  # [n, d_e]
-        T_e = F.normalize(self.text_projection(T_f), dim=1)     # T_e = l2_normalize(np.dot(T_f, W_t), axis=1)  # [n, d_e]
-        return self.logit_scale.exp() * I_e @ T_e.T             # logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
+        I_e, T_e = self.image_projection(I_f).float(), self.text_projection(T_f).float()
+        with torch.autocast(I_e.device.type, enabled=False):    # bf16 rounds a cosine by 0.002; exp(t) multiplies that
+            I_e = F.normalize(I_e, dim=1)                       # I_e = l2_normalize(np.dot(I_f, W_i), axis=1)  # [n, d_e]
+            T_e = F.normalize(T_e, dim=1)                       # T_e = l2_normalize(np.dot(T_f, W_t), axis=1)  # [n, d_e]
+            return self.logit_scale.exp() * I_e @ T_e.T         # logits = np.dot(I_e, T_e.T) * np.exp(t)  # [n, n]
         # fmt: on
         # END SOLUTION
 

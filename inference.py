@@ -187,7 +187,7 @@ def answer_classes(searcher, options):
     embedding = searcher.embed_file(options.image)
     classes = classify_embedding(searcher.model, embedding, list(options.classify))
     for name, probability in classes:
-        print(f"{100 * probability:6.1f}%  {name}")
+        print(f"{min(100 * probability, 99.9):6.1f}%  {name}")  # never 100.0%
     return {"image": options.image, "classes": [{"name": name, "probability": probability} for name, probability in classes]}
 
 

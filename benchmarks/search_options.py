@@ -24,7 +24,7 @@ from embedding import (
     text_vectors,
     token_ids,
 )
-from evaluation.retrieval import recall
+from evaluation.retrieval import number_captions, recall, right_pairs
 from evaluation.splits import select_rows
 from search.index import top_k
 from search.queries import embed_texts
@@ -52,7 +52,9 @@ def row_of(name, run, views, rows, num_workers):
     I_v = picture_vectors(model, I_f, device).numpy()
     T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
     T_v = text_vectors(model, T_f, device).numpy()
-    corrected, plain = (recall(s, image_of_text)["rsum"] for s in (pair_scores(T_v, I_v), T_v[:, :-1] @ I_v[:, :-1].T))
+    right = right_pairs(image_of_text, number_captions(captions), len(names))
+    cosines = T_v[:, :-1] @ I_v[:, :-1].T
+    corrected, plain = (recall(scores, image_of_text, right)["rsum"] for scores in (pair_scores(T_v, I_v), cosines))
     seconds = []
     for caption in captions[:: max(1, len(captions) // NUM_QUERIES)][:NUM_QUERIES]:
         started = time.perf_counter()

@@ -4,7 +4,7 @@ import statistics
 import time
 
 from embedding import image_features, images_for, open_model, text_features, token_ids
-from evaluation.retrieval import recall
+from evaluation.retrieval import number_captions, recall, right_pairs
 from evaluation.splits import embed_rows, same_images, select_rows
 from evaluation.zeroshot import find_pictures, top1_accuracy
 from utils.files import write_json
@@ -35,7 +35,7 @@ def compare(options):
     for name, rows in chosen.items():
         opened = open_model(name, options.device, options.precision)
         similarity, image_of_text, captions, paths = embed_rows(opened, rows, options.skip_bad, options.num_workers)
-        scores = recall(similarity, image_of_text)
+        scores = recall(similarity, image_of_text, right_pairs(image_of_text, number_captions(captions), len(paths)))
         row = {"images": len(paths), "rsum": scores["rsum"]}
         row |= {direction: scores[direction]["R@1"] for direction in ("image_to_text", "text_to_image")}
         if pictures:

@@ -6,12 +6,11 @@ import numpy as np
 
 from search.options import WRONG_SHARE
 from search.queries import as_queries
-from search.relevance import Relevance, reference_statistics, relevance_folder
+from search.relevance import MIN_IMAGES, Relevance, reference_statistics, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
 
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
-MIN_IMAGES = 20  # fewer say too little
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
 MIN_WRONG = 10  # with fewer wrong pairs, all pairs that are not right count as wrong
 MAX_WRONG = 200_000  # wrong pairs from which the weights are learned

@@ -83,7 +83,7 @@ class Trained:
         names, image_of_text = image_positions(rows)
         I_f, _ = file_features(model, [image_dir / name for name in names], device, dtype)
         T_f = text_features(model, token_ids(model.tokenizer, rows["caption"]), device, dtype)
-        return score(model, I_f, T_f, image_of_text, device)["rsum"]
+        return score(model, I_f, T_f, image_of_text, rows["caption"], device)["rsum"]
 
     @cached_property
     def twins(self):

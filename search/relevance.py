@@ -17,6 +17,8 @@ from utils.errors import UserError
 from utils.files import write_json
 
 JSON_FILE, REFERENCES_FILE = "relevance.json", "references.npy"  # in a run folder
+MIN_IMAGES = 200  # from which it is learned: with 24, the floor hid nearly all right pictures
+MAX_PROBABILITY = 0.999  # so that no picture is "100.0%" a match: all pairs with a high score were right, but they were few
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Relevance:
 
     def probability(self, scores):
         """Match probabilities of corrected scores."""
-        return np.interp(scores, self.scores, self.probabilities, left=0)
+        return np.minimum(np.interp(scores, self.scores, self.probabilities, left=0), MAX_PROBABILITY)
 
     def save(self, folder):
         """Writes it into a folder."""
@@ -73,13 +75,17 @@ def relevance_folder(run, cache_dir, views=1):
 
 
 def load_relevance(folder):
-    """The `Relevance` in a folder; None if there is none. Raises UserError where it is damaged."""
+    """The `Relevance` in a folder; None if there is none, or one that an earlier version learned from fewer than MIN_IMAGES.
+
+    Raises UserError where it is damaged.
+    """
     path = Path(folder) / JSON_FILE
     if not path.exists():
         return None
     try:
         references = np.load(Path(folder) / REFERENCES_FILE).astype(np.float32)
-        return Relevance(references, **json.loads(path.read_text(encoding="utf-8")))
+        relevance = Relevance(references, **json.loads(path.read_text(encoding="utf-8")))
+        return relevance if len(references) >= MIN_IMAGES else None
     except (OSError, ValueError, TypeError, EOFError) as error:
         message = f"{path}: damaged or of another version ({error}); write it again with python evaluate.py calibrate"
         raise UserError(message) from None

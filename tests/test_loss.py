@@ -11,6 +11,7 @@ from torch import nn
 
 from clip import CLIPModel, contrastive_loss, loss_over_captions
 from modules import ProjectionHead
+from utils.device import autocast
 
 
 def loss_by_hand(logits):
@@ -120,3 +121,27 @@ def test_standardised_features_have_mean_0_and_deviation_1():
     scaled = (features - head.mean) / head.std
     torch.testing.assert_close(scaled.mean(0), torch.zeros(6), atol=1e-4, rtol=0)
     torch.testing.assert_close(scaled.std(0), torch.ones(6))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+def test_logits_are_of_fp32_embeddings_under_autocast(dtype, temperature):
+    """Only the heads are in 16 bits: the gradient is that of micro-batches, and near the one in fp32, at any temperature."""
+    torch.manual_seed(0)
+    encoder = Encoder()
+    encoder.width = 32
+    model = CLIPModel(encoder, encoder, None, 64, feature_dropouts=(0.0, 0.0))
+    model.logit_scale.data.fill_(-math.log(temperature))
+    I_f = torch.randn(64, 32)
+    T_f = I_f + 0.5 * torch.randn(64, 32)
+
+    def gradient(dtype):
+        model.zero_grad()
+        with autocast(torch.device("cpu"), dtype):
+            logits = model.logits(I_f, T_f)
+        assert logits.dtype == torch.float32
+        contrastive_loss(logits).backward()
+        return torch.cat([weight.grad.flatten() for weight in model.parameters()])
+
+    exact, found = gradient(torch.float32), gradient(dtype)
+    assert (found - exact).norm() < 0.03 * exact.norm()

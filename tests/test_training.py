@@ -32,7 +32,6 @@ pytestmark = pytest.mark.usefixtures("undrawn")
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png",
     "similarity.png", "matches.png", "README.md", "splits.csv", "cache.txt",
-    "relevance.json", "relevance.png", "references.npy",
 }  # fmt: skip
 
 

@@ -58,7 +58,7 @@ def kept_score(model, config, device, dtype):
     names, image_of_text = image_positions(rows)
     I_f, _ = file_features(model, [image_dir / name for name in names], device, dtype, config.num_workers)
     T_f = text_features(model, token_ids(model.tokenizer, rows["caption"]), device, dtype)
-    scores = score(model, I_f, T_f, image_of_text, device)
+    scores = score(model, I_f, T_f, image_of_text, rows["caption"], device)
     return (scores["image_to_text"]["R@1"] + scores["text_to_image"]["R@1"]) / 2
 
 

@@ -212,7 +212,7 @@ def step_bytes(config, model, ids, count, device, dtype):
     model.train()
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast(device, dtype):
         I_f, T_f = model.features({name: value.to(device) for name, value in batch.items()})
-        loss_over_captions(model.logits(I_f, T_f).float())
+        loss_over_captions(model.logits(I_f, T_f))
     return sum(kept.values())
 
 

@@ -11,7 +11,7 @@ from embedding import picture_vectors, project_and_normalize, text_features, tok
 from encoders.hubness import BANK, Hubness
 from encoders.tokenizer import count_unknown
 from evaluation.relevance import relevance_line, write_relevance
-from evaluation.retrieval import recall_table, score, similarities
+from evaluation.retrieval import FEW, recall_table, repeats_line, score, similarities
 from search.queries import as_queries
 from training import distributed
 from training.checkpoint import PREVIOUS
@@ -28,10 +28,10 @@ AT_ONCE = 1000  # pictures whose activations are in memory
 
 
 def validate(model, split, config, device, dtype):
-    """Recall on a split, as `evaluation.retrieval.recall` gives it, and its "loss", in batches as in training."""
+    """Recall on a split, as `evaluation.retrieval.recall` gives it, its "loss", in batches as in training, and its "images"."""
     I_f, T_f = split_features(model, split, device, dtype)
     loss = validation_loss(model, I_f, T_f, split.image_of_text, config, device)
-    return score(model, I_f, T_f, split.image_of_text, device) | {"loss": loss}
+    return score(model, I_f, T_f, split.image_of_text, split.captions, device) | {"loss": loss, "images": len(I_f)}
 
 
 def validation_loss(model, I_f, T_f, image_of_text, config, device):
@@ -71,16 +71,19 @@ def print_setup(config, model, splits, image_dir, num_skipped, device, dtype):
         print(f"of the train images {count:,} are generated, {extra} in each batch of {config.batch_size}")
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     print(f"{config.image_encoder} at {model.image_encoder.size} px, {config.text_encoder}, {millions:.1f} million parameters")
+    if repeats := repeats_line(splits["val"].captions, splits["val"].image_of_text):
+        print(f"validation: {repeats}")
     print(f"freeze {config.freeze}, pooling {model.text_encoder.pooling}, {device}, {str(dtype).removeprefix('torch.')}")
 
 
 def recalls_line(scores):
-    """Recalls as they are printed for an epoch. scores: from `evaluation.retrieval.recall`."""
+    """Recalls as they are printed for an epoch. scores: from `validate`."""
     texts = []
     for direction in ("image_to_text", "text_to_image"):
         recalls = "/".join(f"{scores[direction][f'R@{k}']:.1f}" for k in (1, 5, 10))
         texts.append(f"{direction.replace('_', ' ')} {recalls}")
-    return f"{'  '.join(texts)}  rsum {scores['rsum']:.1f}"
+    few = f" over {scores['images']} images" if scores["images"] < FEW else ""
+    return f"{'  '.join(texts)}  rsum {scores['rsum']:.1f}{few}"
 
 
 def history_row(state, trained, scores, kept, seconds):
@@ -128,12 +131,12 @@ def write_report(state, splits, start, device, dtype):
     """
     run_dir, model, history, validation = Path(state.config.run_dir), state.model, state.history, splits["val"]
     I_f, T_f = split_features(model, validation, device, dtype)
-    scores = score(model, I_f, T_f, validation.image_of_text, device)
+    scores = score(model, I_f, T_f, validation.image_of_text, validation.captions, device)
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
     before = "before fine-tuning" + ("" if state.config.model else " (heads only)")
     summary = f"best epoch {best['epoch']}" if best["rsum"] > start.rsum else f"best {before}"
     print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
-    print(recall_table(scores))
+    print(recall_table(scores, len(validation.names)))
     if validation.notes.caution:
         print(validation.notes.caution)
     if start.rsum >= 0:
@@ -169,12 +172,12 @@ def correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir):
     scores: of the cosines alone. validation: a Split, whose features are I_f and T_f.
     """
     model.hubness = hubness
-    corrected = score(model, I_f, T_f, validation.image_of_text, device)
+    corrected = score(model, I_f, T_f, validation.image_of_text, validation.captions, device)
     better = corrected["rsum"] > scores["rsum"]
     kept = "kept" if better else "not kept"
     print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}")
     if better:
-        print(recall_table(corrected))
+        print(recall_table(corrected, len(validation.names)))
     else:
         model.hubness = None
     if better and distributed.is_main_process():

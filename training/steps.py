@@ -73,7 +73,7 @@ def plain_step(state, batch, seed, device, dtype):
     with autocast(device, dtype):
         I_f, T_f = state.model.features(batch)
         logits = state.model.logits(I_f, T_f)
-    loss = loss_over_captions(logits.float())
+    loss = loss_over_captions(logits)
     total = loss + generator_loss
     state.scaler.scale(total).backward()
     return torch.stack([loss, total]).detach()

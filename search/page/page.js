@@ -179,7 +179,7 @@ async function classify(event) {
     const { classes } = await ask(`/api/classify?${query}`);
     at("answers").replaceChildren(
       ...classes.map(({ name, probability }) => {
-        const item = element("li", { textContent: `${(100 * probability).toFixed(1)}%  ${name}` });
+        const item = element("li", { textContent: `${Math.min(100 * probability, 99.9).toFixed(1)}%  ${name}` });
         item.style.setProperty("--share", `${100 * probability}%`);
         return item;
       }),

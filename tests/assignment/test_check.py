@@ -42,7 +42,7 @@ MISTAKES = {  # what is done wrong: (task, right text, wrong text, what is lost)
         {"uniform logits give chance", "three by three by hand", "both sides as a loop"},
     ),
     "not normalised": (
-        "forward", "F.normalize(self.image_projection(I_f), dim=1)", "self.image_projection(I_f)",
+        "forward", "F.normalize(I_e, dim=1)", "I_e",
         {"embeddings are normalized", "cosines by hand", "the temperature scales"},
     ),
     "the log of the scale": (
@@ -62,11 +62,11 @@ MISTAKES = {  # what is done wrong: (task, right text, wrong text, what is lost)
         {"mean of the real tokens", "the last real token"},
     ),
     "ties for the model": (
-        "recall", "text_ranks = (similarity >= correct[:, None]).sum(axis=1)",
-        "text_ranks = (similarity > correct[:, None]).sum(axis=1) + 1", {"ties count against"},
+        "recall", "similarity >= correct.max(axis=1)[:, None]", "similarity > correct.max(axis=1)[:, None]",
+        {"ties count against"},
     ),
     "an image's last caption only": (
-        "recall", "np.maximum.at(best, image_of_text, correct)", "best[image_of_text] = correct",
+        "recall", "correct.max(axis=0)", "[correct[np.flatnonzero(image_of_text == i)[-1], i] for i in range(n)]",
         {"uneven captions", "as a loop"},
     ),
     "images drawn with replacement": (

@@ -116,6 +116,8 @@ def test_a_name_that_is_missing_between_commas_and_an_export_of_several_are_refu
 
 
 def test_an_ensemble_is_scored_and_calibrated_and_then_has_a_floor(run, other, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("evaluation.relevance.MIN_IMAGES", 20)
+    monkeypatch.setattr("search.relevance.MIN_IMAGES", 20)
     flags = ["--run", f"{run},{other}", "--views", "2"]
     search = ["a red circle", *flags, "--cache-dir", str(tmp_path), "--output", str(tmp_path / "m.png")]
     inference.search(read_search(search))

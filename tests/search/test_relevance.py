@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -62,7 +63,7 @@ def test_a_floor_corrects_for_texts_that_are_near_all_pictures():
 
 
 def test_floors_and_probabilities_are_read_off_their_curves(tmp_path):
-    known = Relevance(np.eye(2), [2.0, 0, 0], [0.1, 0.001], [1.0, 3.0], [0.9, 0.5], [0.0, 2.0], [0.0, 0.5])
+    known = Relevance(np.zeros((200, 2)), [2.0, 0, 0], [0.1, 0.001], [1.0, 3.0], [0.9, 0.5], [0.0, 2.0], [0.0, 0.5])
     assert known.floor(0.1) == 1 and known.floor(0.01) == pytest.approx(2) and known.floor(1e-9) == 3
     assert known.floor(0) == -np.inf
     matches = judge([("a", 1.6), ("b", 0.6), ("c", 0.2)], np.zeros(2, np.float32), known, 0.1)  # scores 3.2, 1.2, 0.4
@@ -70,28 +71,38 @@ def test_floors_and_probabilities_are_read_off_their_curves(tmp_path):
     assert [match.probability for match in matches] == pytest.approx([0.5, 0.3, 0.1])
     known.save(tmp_path)
     assert load_relevance(tmp_path).floor(0.01) == known.floor(0.01)
+    replace(known, references=known.references[:199]).save(tmp_path)
+    assert load_relevance(tmp_path) is None  # an earlier version learned it from too few
+    known.save(tmp_path)
     (tmp_path / relevance.JSON_FILE).write_text("{")
     with pytest.raises(UserError, match="damaged .*evaluate.py calibrate"):
         load_relevance(tmp_path)
     assert load_relevance(tmp_path / "nowhere") is None
 
 
-@pytest.mark.parametrize("count", [1, 10])
+def test_no_picture_is_a_match_for_certain():
+    known = Relevance(np.zeros((200, 2)), [1.0, 0, 0], [0.1, 0.001], [1.0, 3.0], [0.9, 0.5], [0.0, 2.0], [0.0, 1.0])
+    (match,) = judge([("a", 5.0)], np.zeros(2, np.float32), known)
+    assert match.label().strip() == "99.9%" and match.record()["probability"] < 1
+
+
+@pytest.mark.parametrize("count", [1, 199])
 def test_too_few_pairs_are_named(tmp_path, count):
-    with pytest.raises(UserError, match=f"{count} images with captions: a relevance floor needs 20"):
+    with pytest.raises(UserError, match=f"{count} images with captions: a relevance floor needs 200"):
         write_relevance(tmp_path, *made_pairs(count, 0))
     assert not list(tmp_path.iterdir())
 
 
 def test_a_model_that_knows_nothing_still_has_a_floor(tmp_path):
-    I_e, T_e, image_of_text = made_pairs(30, 0)
+    I_e, T_e, image_of_text = made_pairs(200, 0)
     found = write_relevance(tmp_path, I_e, -T_e, image_of_text)
     assert np.isfinite(found["right_above_floor"]) and load_relevance(tmp_path).weights[0] > 0
-    assert write_relevance(tmp_path, I_e, np.repeat(T_e[:1], len(T_e), axis=0), image_of_text)["images"] == 15
+    assert write_relevance(tmp_path, I_e, np.repeat(T_e[:1], len(T_e), axis=0), image_of_text)["images"] == 100
 
 
 def test_a_search_says_when_nothing_matches(run, tmp_path, capsys):
     run = shutil.copytree(run, tmp_path / "run")
+    write_relevance(run, *made_pairs(200, 0, width=257))  # its own validation images are too few
     flags = [
         "--run",
         str(run),
@@ -118,7 +129,10 @@ def test_a_search_says_when_nothing_matches(run, tmp_path, capsys):
     assert json.loads((tmp_path / "f").read_text())["matches"] == everything["matches"][3:6]
 
 
-def test_calibrate_writes_the_floor_of_a_run(run, sample, tmp_path, evaluate_here, capsys):
+def test_calibrate_writes_the_floor_of_a_run(run, sample, tmp_path, evaluate_here, capsys, monkeypatch):
+    run = shutil.copytree(run, tmp_path / "run")
+    assert not (run / relevance.JSON_FILE).exists()  # its validation images are too few
+    monkeypatch.setattr("evaluation.relevance.MIN_IMAGES", 20)
     evaluate_here("calibrate", "--run", run, "--json", tmp_path / "f", "--split", "val")
     assert "relevance floor: on 12 images" in capsys.readouterr().out
     assert json.loads((tmp_path / "f").read_text())["captions"] == 60 and (run / "relevance.png").exists()
