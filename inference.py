@@ -77,12 +77,15 @@ def search(options):
 def find_gallery(searcher, options):
     """The gallery to search; how many pictures it has is printed."""
     if options.images:
-        files, folder = find_pictures(options.images), "" if options.images.endswith(".tar") else options.images
+        files, folder = (
+            find_pictures(options.images, options.verbose),
+            "" if options.images.endswith(".tar") else options.images,
+        )
     else:
         from search.run_data import validation_files  # only here: pandas takes half a second
 
         files, folder = validation_files(searcher.run), ""
-    gallery = open_gallery(searcher, files, folder, options.num_workers, options.exact)
+    gallery = open_gallery(searcher, files, folder, options.num_workers, options.exact, options.verbose)
     selected = gallery.select(Filters(options.after, options.before, options.folder))
     of = "" if selected is gallery else f" of {len(gallery.paths):,}"
     print(f"{len(selected.paths):,}{of} pictures, {searcher.run}")
@@ -195,8 +198,8 @@ def list_duplicates(options):
     """Prints and draws the groups of files in a folder that are the same photograph. Nothing is deleted."""
     from search.duplicates import as_records, draw_duplicates, find_duplicates
 
-    files = list(find_pictures(options.images))
-    groups = find_duplicates(files, options.cache_dir, options.num_workers)
+    files = list(find_pictures(options.images, options.verbose))
+    groups = find_duplicates(files, options.cache_dir, options.num_workers, options.verbose)
     copies = sum(len(group) - 1 for group in groups)
     print(f"{len(files):,} pictures: {copies:,} are copies of {len(groups):,} others")
     for group in groups:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from embedding import file_features, open_model, project_and_normalize, text_features, token_ids
 from utils.errors import UserError
 from utils.files import read_text, write_json
+from utils.folders import NUM_NAMED, LeftOut, is_hidden, walk_pictures
 from utils.formats import PICTURE_ENDINGS
 from utils.plots import draw_confusion
 
@@ -63,21 +64,27 @@ def find_pictures(images, names_file="", flag="--images", names_flag="--classes"
     """The pictures of a folder that has one subfolder per class. flag, names_flag: how messages call it, and the file.
 
     Returns (names, paths, labels): c class names, n picture paths, and the (n,) labels.
+    What is hidden or cannot be read is left out, and printed.
     Raises UserError if there are no class folders, fewer than two classes, or no pictures.
     """
     if not Path(images).is_dir():
         raise UserError(f"{flag} {images}: no such folder")
-    folders = sorted(path.name for path in Path(images).iterdir() if path.is_dir() and not path.name.startswith("."))
+    folders = sorted(path.name for path in Path(images).iterdir() if path.is_dir() and not is_hidden(path.name))
     if not folders:
         raise UserError(f"{flag} {images}: no class folders there; put each class's pictures into a folder named after it")
     names, label_of_folder = class_names(folders, names_file, names_flag)
     if len(names) < 2:
         raise UserError(f"{flag} {images}: only the class {names[0]}; classification needs at least two")
-    paths, labels = [], []
+    paths, labels, left_out = [], [], LeftOut()
     for folder in folders:
-        class_paths = sorted(path for path in (Path(images) / folder).rglob("*") if path.suffix.lower() in PICTURE_ENDINGS)
+        try:
+            class_paths = sorted(Path(path) for path, *_ in walk_pictures(Path(images) / folder, left_out))
+        except OSError as error:
+            raise UserError(f"{flag} {Path(images) / folder}: cannot be listed ({error.strerror}); fix or remove it") from None
         paths += class_paths
         labels += [label_of_folder[folder]] * len(class_paths)
+    for line in left_out.lines():
+        print(line)
     if not paths:
         raise UserError(f"{flag} {images}: no pictures in its {len(folders)} folders ({', '.join(sorted(PICTURE_ENDINGS))})")
     return names, paths, torch.tensor(labels)
@@ -141,7 +148,8 @@ def zeroshot(options):
     scores = {"images": len(labels), "classes": len(names)}
     scores |= {"top1": 100 * hits[:, 0].float().mean().item(), "top5": 100 * hits.any(dim=1).float().mean().item()}
     if bad:
-        print(f"left out: {len(bad)} pictures")
+        named = "; ".join(list(bad.values())[:NUM_NAMED])
+        print(f"left out: {len(bad)} pictures ({named}{'; ...' if len(bad) > NUM_NAMED else ''})")
     print(f"{len(labels):,} pictures of {len(names):,} classes; chance of top-1 {100 / len(names):.2f}%")
     print(f"top-1 {scores['top1']:.1f}%  top-5 {scores['top5']:.1f}%")
     counts = torch.bincount(labels * len(names) + top[:, 0], minlength=len(names) ** 2).view(len(names), -1)

@@ -5,6 +5,7 @@ pixels are compared: in two pictures of a burst something has moved, which a has
 """
 
 import functools
+import os
 from collections import defaultdict, deque
 from pathlib import Path
 
@@ -13,13 +14,27 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tqdm import tqdm
 
-from search.hashes import BITS, BOXES, MIN_SPREAD, SIDE, Hashes, differing_bits
+from search.hashes import BITS, BOXES, MIN_SPREAD, SIDE, TINY, Hashes, differing_bits
 from utils import plots
+from utils.folders import NUM_NAMED, printable
 from utils.images import read_image
 
 MAX_BITS = 76  # differing bits of a pair that is found; among photographs, one pair in some ten million is as close by chance
 MAX_BITS_IN_GROUP = 96  # differing bits to the best copy, if a picture was found through another one of its group
 TABLES, TABLE_BITS = 4, 18  # two hashes are compared where one of TABLES runs of TABLE_BITS bits differs in one bit at most
+MAX_NEIGHBOURS = 32  # pictures whose pixels one is compared with, the nearest: drawings and scans can all have near hashes
+QUERIES = 256  # pictures whose neighbours are looked for at once
+MIN_CORRELATION = 0.5  # of pixels at CORRELATED_SIDE, below which a small shift does not make two pictures the same
+CORRELATED_SIDE = 32  # pixels
+COLOURED = 20  # chroma in CIELAB from which on a colour has a hue
+GREY = 30  # chroma which grey and sepia pictures stay below
+MAX_CHROMA, MAX_TURN, MIN_TURNED = (
+    45,
+    np.pi / 3,
+    25,
+)  # differences that are another colour: of chroma; of hue, and then of chroma
+MAX_LIGHTNESS = 12  # mean difference of a picture to its grey version
+MAX_RECOLOURED = 0.02  # share of the picture that may have another colour
 DETAIL = 0.85  # of the smaller side of the smaller picture: the resolution at which pixels are compared
 REGISTERED_SIDE = 64  # pixels; registration is accurate to a small part of a pixel
 MAX_INNER = 0.68  # difference at any place, relative to the contrast there, which copies stay below
@@ -35,19 +50,23 @@ DRAWN_PIXELS, NAME_LENGTH = 240, 28
 BEST, EQUAL, SAME = "best copy", "equal bytes", "same photograph"
 
 
-def find_duplicates(files, cache_dir, num_workers=0):
+def find_duplicates(files, cache_dir, num_workers=0, verbose=False):
     """The groups of files that are the same photograph, the largest first.
 
     files: (path, bytes, modification time in ns) of each. cache_dir: folder where hashes are kept; None: they are not.
     Returns lists of `search.hashes.Picture`, the best copy first: most pixels, then most bytes per pixel, then oldest. Each
-    of the others is compared with the best one; relation says how it matches. Pictures that cannot be read are left out; how
-    many is printed.
+    of the others is compared with the best one; relation says how it matches. Pictures that cannot be read are left out and
+    printed: some of them or, if verbose, all with the reasons.
     Raises UserError where cache_dir cannot be used.
     """
     with Hashes(cache_dir) as hashes:
         problems = hashes.update(files, num_workers)
         if problems:
-            print(f"left out {len(problems):,} pictures that cannot be decoded")
+            names = ", ".join(printable(os.path.basename(problem.path)) for problem in problems[:NUM_NAMED])
+            more = ", ..." if len(problems) > NUM_NAMED else ""
+            print(f"left out {len(problems):,} pictures that cannot be decoded" + ("" if verbose else f": {names}{more}"))
+            for problem in problems if verbose else ():
+                print(f"  {printable(problem)}")
         return group(hashes.pictures(), hashes.small)
 
 
@@ -94,7 +113,8 @@ def matching(pictures, read_small):
 def near_pairs(pictures):
     """{position: positions of pictures with a hash that differs in at most MAX_BITS bits}, in both directions.
 
-    Found with faiss's multi-index hashing (Norouzi et al. 2012).
+    Of each picture the MAX_NEIGHBOURS nearest, and those of which it is one. Found with faiss's multi-index hashing (Norouzi et
+    al. 2012).
     """
     import faiss
 
@@ -106,11 +126,18 @@ def near_pairs(pictures):
     index = faiss.IndexBinaryMultiHash(BITS, TABLES, TABLE_BITS)
     index.nflip = 1
     index.add(np.ascontiguousarray(codes[:, 0]))
-    for box in tqdm(range(len(BOXES)), desc="near hashes", leave=False, disable=None):
-        ends, _, found = index.range_search(np.ascontiguousarray(codes[:, box]), MAX_BITS + 1)  # those below that
-        queries = np.repeat(np.arange(len(rows)), np.diff(ends.astype(np.int64)))
-        for i, j in zip(rows[queries].tolist(), rows[found].tolist()):
-            if i != j:
+    for start in tqdm(range(0, len(rows), QUERIES), desc="near hashes", leave=False, disable=None):
+        bits_of = [{} for _ in rows[start : start + QUERIES]]  # {row: fewest differing bits} for each of them
+        for box in range(len(BOXES)):
+            ends, bits, found = index.range_search(np.ascontiguousarray(codes[start : start + QUERIES, box]), MAX_BITS + 1)
+            for query, (first, end) in enumerate(zip(ends[:-1].astype(int), ends[1:].astype(int))):
+                nearest = np.argsort(bits[first:end], kind="stable")[: MAX_NEIGHBOURS + 1] + first  # one is itself
+                for row, count in zip(found[nearest].tolist(), bits[nearest].tolist()):
+                    bits_of[query][row] = min(count, bits_of[query].get(row, BITS))
+        for query, others in enumerate(bits_of):
+            others.pop(start + query, None)
+            for other in sorted(others, key=lambda row: (others[row], row))[:MAX_NEIGHBOURS]:
+                i, j = int(rows[start + query]), int(rows[other])
                 neighbours[i].add(j)
                 neighbours[j].add(i)
     return neighbours
@@ -121,15 +148,48 @@ def same_photograph(a, b, read_small):
     bits, box, a_is_cropped = differing_bits(a.codes, b.codes)
     if bits > MAX_BITS_IN_GROUP:
         return False
-    side = min(SIDE, int(DETAIL * min(a.width, a.height, b.width, b.height)))
-    a, b = (reduce(read_small(picture.path), side) for picture in (a, b))
     if not a_is_cropped:
         a, b = b, a
+    if a.colours is not None and b.colours is not None and recoloured(a.colours, b.colours, BOXES[box]):
+        return False
+    side = min(SIDE, int(DETAIL * min(a.width, a.height, b.width, b.height)))
+    a, b = (read_small(picture.path) for picture in (a, b))
+    if correlation(a, b, BOXES[box]) < MIN_CORRELATION:
+        return False
+    a, b = (reduce(picture, side) for picture in (a, b))
     warp = box_warp(BOXES[box], side)
     if no_difference(a, b, warp):  # most copies are not cropped, or just so, and need no registration
         return True
     warp = register(a, b, warp)
     return warp is not None and no_difference(a, b, warp)
+
+
+def recoloured(a, b, box):
+    """Whether parts of two pictures have another colour, as two icons may: red and blue. Grey and sepia copies have not.
+
+    a, b: `Picture.colours`; b shows a box of a.
+    """
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    a = cv2.warpAffine(a, box_warp(box, TINY), (TINY, TINY), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    (light_a, *a), (light_b, *b) = (cv2.split(cv2.cvtColor(c.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)) for c in (a, b))
+    a, b = (x + 1j * y for x, y in (a, b))  # the angle of these is the hue, their length the chroma
+    grey_a, grey_b = (np.quantile(np.abs(chroma), 1 - MAX_RECOLOURED) < GREY for chroma in (a, b))
+    if grey_a != grey_b:
+        return bool(np.abs(light_a - light_b).mean() > MAX_LIGHTNESS)
+    difference, turn = np.abs(a - b), np.abs(np.angle(a * b.conj()))
+    both = np.minimum(np.abs(a), np.abs(b)) > COLOURED
+    other = (difference > MAX_CHROMA) | both & (turn > MAX_TURN) & (difference > MIN_TURNED)
+    return bool(other.mean() > MAX_RECOLOURED)
+
+
+def correlation(a, b, box):
+    """Of two small grey pictures' pixels at CORRELATED_SIDE, where b shows a box of a."""
+    side = CORRELATED_SIDE
+    a, b = (cv2.resize(picture, (side, side), interpolation=cv2.INTER_AREA).astype(np.float32) for picture in (a, b))
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    a = cv2.warpAffine(a, box_warp(box, side), (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    a, b = a - a.mean(), b - b.mean()
+    return float((a * b).sum() / max(np.sqrt((a * a).sum() * (b * b).sum()), 1e-6))
 
 
 def reduce(small, side):

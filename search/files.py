@@ -1,62 +1,50 @@
 """The picture files of a folder, or in tar files."""
 
-import contextlib
 import os
 import tarfile
-from collections import Counter
 from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import expand, tar_members
-from utils.formats import PICTURE_ENDINGS, missing_package
+from utils.folders import HIDDEN, NOT_UTF8, LeftOut, is_hidden, is_unicode, picture_kind, walk_pictures
+from utils.formats import HEAD, PICTURE_ENDINGS, missing_package
 
 
-def find_pictures(folder):
+def find_pictures(folder, verbose=False):
     """Yields (path, bytes, modification time in ns) of the pictures in a folder and its subfolders, or in tar files.
 
     folder: 'DIR/*.tar' and 'DIR/{000..099}.tar' stand for tar files, whose pictures have paths such as DIR/000.tar/NAME.
-    What cannot be read is left out, and how much is printed at the end: folders without read permission, names that are not
-    UTF-8, formats whose package is not installed.
-    Raises UserError if there are no pictures.
+    What is left out is printed at the end: hidden files, folders that cannot be listed, names that are not UTF-8, formats whose
+    package is not installed. verbose: every name.
+    Raises UserError if there are no pictures, or if the folder cannot be listed.
     """
-    if str(folder).endswith(".tar"):
-        yield from find_in_tars(str(folder))
-        return
-    num_found, num_unreadable, num_not_utf8, missing = 0, 0, 0, Counter()
-    if not Path(folder).is_dir():
-        raise UserError(f"--images {folder}: no such folder")
-    folders = [os.path.abspath(folder)]
-    while folders:
-        try:
-            entries = list(os.scandir(folders.pop()))
-        except PermissionError:
-            num_unreadable += 1
-            continue
-        except FileNotFoundError:  # deleted since it was listed
-            continue
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                folders.append(entry.path)
-            elif (ending := os.path.splitext(entry.name)[1].lower()) in PICTURE_ENDINGS and entry.is_file():
-                if package := missing_package(ending):
-                    missing[package] += 1
-                elif not is_unicode(entry.path):
-                    num_not_utf8 += 1
-                else:
-                    with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
-                        stat, num_found = entry.stat(), num_found + 1
-                        yield entry.path, stat.st_size, stat.st_mtime_ns
-    if num_unreadable or num_not_utf8:
-        print(f"left out {num_unreadable:,} folders without read permission and {num_not_utf8:,} pictures with non-UTF-8 names")
-    for package, count in missing.items():
-        print(f"left out {count:,} pictures that need {package}: pip install {package}")
+    left_out, num_found = LeftOut(), 0
+    found = find_in_tars(str(folder), left_out) if str(folder).endswith(".tar") else find_in_folder(folder, left_out)
+    for entry in found:
+        num_found += 1
+        yield entry
+    for line in left_out.lines(verbose):
+        print(line)
     if not num_found:
-        raise UserError(f"--images {folder}: no pictures there ({', '.join(sorted(PICTURE_ENDINGS))})")
+        endings = ", ".join(sorted(PICTURE_ENDINGS))
+        raise UserError(f"--images {folder}: no pictures there ({endings}, or other names with such contents)")
 
 
-def find_in_tars(pattern):
+def find_in_folder(folder, left_out):
+    """The pictures of a folder, as for `find_pictures`."""
+    if os.path.isfile(folder):
+        picture = f"is a file; name the folder that it is in ({Path(folder).absolute().parent}), or search with it:"
+        raise UserError(f"--images {folder}: {picture} --image {folder}")
+    try:
+        yield from walk_pictures(os.path.abspath(folder), left_out)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"--images {folder}: no such folder") from None
+    except OSError as error:
+        raise UserError(f"--images {folder}: cannot be listed ({error.strerror}); fix that, or name another folder") from None
+
+
+def find_in_tars(pattern, left_out):
     """The same for the pictures in tar files. A file that is damaged is left out, with a line."""
-    num_found = 0
     for archive in expand(pattern):
         try:
             changed = os.stat(archive).st_mtime_ns
@@ -66,18 +54,22 @@ def find_in_tars(pattern):
         except (OSError, tarfile.TarError) as error:
             print(f"left out {archive}: damaged ({error})")
             continue
-        for name, (_, size) in members.items():
-            if os.path.splitext(name)[1].lower() in PICTURE_ENDINGS and is_unicode(name):
-                num_found += 1
-                yield f"{os.path.abspath(archive)}/{name}", size, changed
-    if not num_found:
-        raise UserError(f"--images {pattern}: no pictures there; check the pattern")
+        for name, (offset, size) in members.items():
+            path = f"{os.path.abspath(archive)}/{name}"
+            kind = picture_kind(name, lambda archive=archive, offset=offset, size=size: member_head(archive, offset, size))
+            if any(is_hidden(part) for part in name.split("/") if part != "."):
+                left_out[HIDDEN] += [path] * bool(kind)
+                continue
+            if kind and (package := missing_package(kind)):
+                left_out[f"that need {package} (pip install {package})"].append(path)
+            elif kind and not is_unicode(name):
+                left_out[NOT_UTF8].append(path)
+            elif kind:
+                yield path, size, changed
 
 
-def is_unicode(path):
-    """False for a path with bytes that are not UTF-8: Python represents them as surrogates, which SQLite rejects."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def member_head(archive, offset, size):
+    """The first bytes of a file in a tar file."""
+    with open(archive, "rb") as file:
+        file.seek(offset)
+        return file.read(min(HEAD, size))

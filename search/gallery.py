@@ -6,6 +6,7 @@ A later search embeds only new and changed pictures, and forgets deleted ones.
 import os
 import re
 import sqlite3
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,6 +20,8 @@ from search.update import merge_parts, parts_folder, update
 from utils import processes
 from utils.errors import UserError
 from utils.files import remove_leftovers
+from utils.folders import NUM_NAMED, printable
+from utils.images import read_ahead, read_image
 
 MAX_DIGITS = 18  # of a row
 DATE_FORMATS = "%Y", "%Y-%m", "%Y-%m-%d"
@@ -61,8 +64,9 @@ class Filters:
                 values.append(first_moment(getattr(self, flag), flag))
         if self.folder:
             below = os.path.join(os.path.abspath(root), "").replace(os.sep, "/") if root else ""
-            terms.append("replace(path, ?, '/') GLOB ?")
-            values += [os.sep, (re.sub(r"([\[?*])", r"[\1]", below) or "*/") + self.folder]
+            pattern = (re.sub(r"([\[?*])", r"[\1]", below) or "*/") + self.folder
+            terms.append("nfc(replace(path, ?, '/')) GLOB ?")  # macOS writes an accent as a character of its own
+            values += [os.sep, unicodedata.normalize("NFC", pattern)]
         return " AND ".join(terms) or "1", values
 
 
@@ -103,9 +107,8 @@ class Gallery:
         rows = np.array([row for row, _ in found], dtype=np.int64)
         in_gallery = np.isin(rows, self.rows)  # the store may have other folders' pictures, too
         if not in_gallery.any():
-            raise UserError(
-                f"none of the {len(self.paths):,} pictures is from these dates and folders; a folder needs /* behind it"
-            )
+            hint = "; --folder is the whole path below --images, with * for any part, as 'Italy/*'" if filters.folder else ""
+            raise UserError(f"none of the {len(self.paths):,} pictures is from these dates and folders{hint}")
         paths, rows = [path for (_, path), is_in in zip(found, in_gallery) if is_in], rows[in_gallery]
         compressed = None
         if self.compressed and len(rows) > index.APPROXIMATE_FROM:
@@ -136,12 +139,12 @@ class Gallery:
         return np.append(self.vectors[self.rows[position]][:-1], 0).astype(np.float32)
 
 
-def open_gallery(searcher, files, folder, num_workers=0, exact=False):
+def open_gallery(searcher, files, folder, num_workers=0, exact=False, verbose=False):
     """The Gallery of some picture files. Embeds those that are new, changed or not yet embedded with this model.
 
     searcher: a `search.searcher.Searcher`. files: (path, bytes, modification time) of each, as `find_pictures` yields them.
     folder: the folder whose pictures these all are, so that deleted ones can be forgotten; empty if they are only some of a
-    folder's. exact: never use approximate search.
+    folder's. exact: never use approximate search. verbose: name every picture that cannot be decoded, and why.
     Raises UserError if no picture can be read or the cache cannot be written.
     """
     path = searcher.gallery_path()
@@ -155,10 +158,20 @@ def open_gallery(searcher, files, folder, num_workers=0, exact=False):
     except (sqlite3.DatabaseError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); delete it, then run the command again") from None
     if len(gallery.rows) < count:
-        print(f"left out {count - len(gallery.rows):,} pictures that cannot be decoded")
+        print_left_out(store.undecoded(), verbose)
     if not len(gallery.rows):
         raise UserError(f"{folder or 'the gallery'}: none of its {count:,} pictures can be decoded")
     return gallery
+
+
+def print_left_out(paths, verbose):
+    """Prints how many pictures cannot be decoded, and which. verbose: all of them, with the reasons."""
+    more = ", ..." if len(paths) > NUM_NAMED and not verbose else ""
+    names = "" if verbose else ", ".join(printable(os.path.basename(path)) for path in paths[:NUM_NAMED])
+    print(f"left out {len(paths):,} pictures that cannot be decoded: {names}{more}".rstrip())
+    if verbose:
+        for path, (_, problem) in zip(paths, read_ahead(lambda path: read_image(path, 1), paths, 1)):
+            print(f"  {printable(problem or path)}")
 
 
 def update_store(store, searcher, files, folder, num_workers, on_progress=None):

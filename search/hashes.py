@@ -9,26 +9,25 @@ comparison of pixels.
 import contextlib
 import io
 import sqlite3
-import warnings
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from utils.cache import cache_key
 from utils.errors import UserError
 from utils.exif import date_taken
 from utils.files import digest, read_bytes
-from utils.formats import MAX_PIXELS, PILLOW_FORMATS, RAW_ENDINGS, decode
+from utils.formats import DECODING, HEAD, decode, kind_of, open_with_pillow
 from utils.images import read_ahead
 
 BITS = 256
 GRID = 32  # height and width of what is transformed
 SIDE = 128  # height and width of the small grey version; the aspect ratio is not kept
+TINY = 16  # height and width of the colours
 EDGES = (0, 0.1)
 # Crops as (left, top, right, bottom), in shares of the sides: the whole, 5% or 10% off, and off some edges only.
 BOXES = [(0, 0, 1, 1), (0.05, 0.05, 0.95, 0.95), (0.1, 0.1, 0.9, 0.9), (0.05, 0, 0.95, 1), (0, 0.05, 1, 0.95)]
@@ -38,16 +37,15 @@ MIN_SIDE = 32  # pixels; smaller pictures, and those of one colour, have no hash
 MIN_SPREAD = 4  # standard deviation of the grey levels, 0 to 255
 BORDER = 0.15  # of a side: the broadest border that is cut off
 PLAIN, BUSY = 6, 12  # standard deviations of a line of pixels in a border and in a photograph
-FORMAT = "signs of 256 frequencies, 13 boxes, 128 x 128"  # what is kept; part of the file's name
+FORMAT = f"signs of 256 frequencies, 13 boxes, 128 x 128, 16 x 16 colours, {DECODING}"  # what is kept; part of the file's name
 WRITE_EVERY = 512  # pictures that a killed process may have read in vain
 TIMEOUT = 60  # seconds to wait for another command's transaction
-ORIENTATION = 0x0112  # tag of the EXIF standard; from 5 on, width and height are exchanged
 
 # Row and column of the BITS lowest frequencies, (2, BITS); that of the mean is left out.
 FREQUENCIES = np.array(sorted(np.ndindex(GRID, GRID), key=lambda ij: (sum(ij), ij))[1 : BITS + 1]).T
 SCHEMA = (
     "CREATE TABLE IF NOT EXISTS pictures (path TEXT PRIMARY KEY, bytes INTEGER, changed INTEGER, digest BLOB, width INTEGER, "
-    "height INTEGER, date TEXT, codes BLOB, small BLOB)",  # changed: in ns; codes, small: NULL where there is no hash
+    "height INTEGER, date TEXT, codes BLOB, small BLOB, colours BLOB)",  # changed: in ns; the last three: NULL without a hash
     "CREATE TEMP TABLE listed (path TEXT PRIMARY KEY, bytes INTEGER, changed INTEGER) WITHOUT ROWID",
 )
 
@@ -64,6 +62,7 @@ class Picture:
     relation: str = ""
     digest: bytes = field(default=b"", repr=False)  # of the file's contents
     codes: np.ndarray | None = field(default=None, repr=False)  # (len(BOXES), BITS / 8) uint8, or None without a hash
+    colours: np.ndarray | None = field(default=None, repr=False)  # (TINY, TINY, 3) uint8, or None without a hash
 
     def label(self):
         """What a person wants to know of it beside its name."""
@@ -108,8 +107,7 @@ class Hashes:
         Returns what is wrong with each file that cannot be read, as texts.
         """
         files, rows, problems = list(files), [], []  # listed first: finding them can take long, and a transaction locks
-        with self.errors(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MAX_PIXELS is our limit
+        with self.errors():
             with self.database:
                 self.database.execute("DELETE FROM listed")
                 self.database.executemany("INSERT OR REPLACE INTO listed VALUES (?, ?, ?)", files)
@@ -130,18 +128,19 @@ class Hashes:
 
     def write(self, rows):
         with self.database:  # a transaction: all of these or none
-            self.database.executemany(f"INSERT OR REPLACE INTO pictures VALUES ({', '.join('?' * 9)})", rows)
+            self.database.executemany(f"INSERT OR REPLACE INTO pictures VALUES ({', '.join('?' * 10)})", rows)
 
     def pictures(self):
         """The `Picture`s of the listed files that could be read, in the order of their paths."""
-        columns = "path, bytes, width, height, date, changed, digest, codes"
+        columns = "path, bytes, width, height, date, changed, digest, codes, colours"
         query = f"SELECT {columns} FROM listed JOIN pictures USING (path, bytes, changed) ORDER BY path"
         found = []
         with self.errors():
-            for *facts, date, changed, digest, codes in self.database.execute(query):
+            for *facts, date, changed, digest, codes, colours in self.database.execute(query):
                 date = date or datetime.fromtimestamp(changed / 1e9).isoformat(timespec="seconds")
                 codes = None if codes is None else np.frombuffer(codes, dtype=np.uint8).reshape(len(BOXES), -1)
-                found.append(Picture(*facts, date, digest=digest, codes=codes))
+                colours = None if colours is None else np.frombuffer(colours, dtype=np.uint8).reshape(TINY, TINY, 3)
+                found.append(Picture(*facts, date, digest=digest, codes=codes, colours=colours))
         return found
 
     def small(self, path):
@@ -152,51 +151,61 @@ class Hashes:
 
 
 def hash_file(path):
-    """Reads a picture file. Returns (digest, width, height, date or None, codes or None, small or None).
+    """Reads a picture file. Returns (digest, width, height, date or None, codes or None, small or None, colours or None).
 
-    codes: the bytes of `box_codes`. small: a JPEG of the small grey version. Raises ValueError or OSError where it cannot be
-    decoded.
+    codes: the bytes of `box_codes`. small: a JPEG of the small grey version. colours: the bytes of (TINY, TINY, 3) uint8, RGB.
+    Raises `utils.formats.PictureError` where it cannot be decoded, OSError where it cannot be read.
     """
-    contents, ending = read_bytes(path), Path(path).suffix.lower()
-    if ending in PILLOW_FORMATS.keys() | RAW_ENDINGS:
-        grey = cv2.cvtColor(decode(contents, ending), cv2.COLOR_RGB2GRAY)
-        height, width = grey.shape
-    else:
-        grey, width, height = decode_grey(contents)
+    contents = read_bytes(path)
+    image, width, height = decode_reduced(contents, Path(path).suffix.lower())
     content, date = digest(contents), date_taken(io.BytesIO(contents))
-    small = cv2.resize(without_border(grey), (SIDE, SIDE), interpolation=cv2.INTER_AREA)
+    grey, image = without_border(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), image)
+    small = cv2.resize(grey, (SIDE, SIDE), interpolation=cv2.INTER_AREA)
     if min(width, height) < MIN_SIDE or small.std() < MIN_SPREAD:
-        return content, width, height, date, None, None
+        return content, width, height, date, None, None, None
     jpeg = cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
-    return content, width, height, date, box_codes(small).tobytes(), jpeg
+    colours = cv2.resize(image, (TINY, TINY), interpolation=cv2.INTER_AREA).tobytes()
+    return content, width, height, date, box_codes(small).tobytes(), jpeg, colours
 
 
-def decode_grey(contents):
-    """The bytes of a picture file -> (grey, width, height), EXIF rotation applied.
+def decode_reduced(contents, ending):
+    """The bytes of a picture file -> ((h, w, 3) uint8, width, height), as `utils.formats.decode`, perhaps reduced in size.
 
-    grey: (h, w) uint8, perhaps reduced in size; width and height are the full ones.
-    Raises ValueError where it cannot be decoded.
+    width, height: the full ones.
     """
+    # The decoder of JPEG can leave out the higher frequencies, which saves most of the time for large photographs.
+    width, height = jpeg_size(contents, ending)
+    scale = next((scale for scale in (8, 4, 2) if min(width, height) >= 2 * SIDE * scale), 1)
+    if scale > 1:
+        with contextlib.suppress(cv2.error):  # `decode` then says what is wrong
+            image = cv2.imdecode(np.frombuffer(contents, dtype=np.uint8), getattr(cv2, f"IMREAD_REDUCED_COLOR_{scale}"))
+            if image is not None:
+                turned = (image.shape[1] > image.shape[0]) != (width > height)  # by the EXIF rotation
+                return image[..., ::-1], *((height, width) if turned else (width, height))
+    image = decode(contents, ending)
+    return image, image.shape[1], image.shape[0]
+
+
+def jpeg_size(contents, ending):
+    """The width and height of a JPEG, before its EXIF rotation; zeros for what is none."""
+    if kind_of(contents[:HEAD], ending) != "JPEG":
+        return 0, 0
     try:
-        with Image.open(io.BytesIO(contents)) as picture:  # reads the head only
-            width, height = picture.size
-            if picture.getexif().get(ORIENTATION, 1) >= 5:
-                width, height = height, width
-        # The decoder of JPEG can leave out the higher frequencies, which saves most of the time for large photographs.
-        scale = next((scale for scale in (8, 4, 2) if min(width, height) >= 2 * SIDE * scale), 1)
-        flag = cv2.IMREAD_GRAYSCALE if scale == 1 else getattr(cv2, f"IMREAD_REDUCED_GRAYSCALE_{scale}")
-        grey = cv2.imdecode(np.frombuffer(contents, dtype=np.uint8), flag)
-    except (OSError, SyntaxError, TypeError, cv2.error, Image.DecompressionBombError):
-        raise ValueError(f"cannot be decoded, or has more than {MAX_PIXELS:,} pixels") from None
-    if grey is None:
-        raise ValueError("empty, truncated or not a picture")
-    return grey, width, height
+        with open_with_pillow(contents, "JPEG") as picture:
+            return picture.size
+    except Exception:  # of many types: a damaged head; `decode` then says what is wrong
+        return 0, 0
 
 
-def without_border(grey):
-    """A grey picture, (h, w), without a border of one colour: lines that are plain, then soon one that is busy."""
+def without_border(grey, colours=None):
+    """A grey picture, (h, w), without a border of one colour: lines that are plain, then soon one that is busy.
+
+    colours: the same in colour, (h, w, 3); given them, the pair of both without that border.
+    """
+    pictures = [grey] if colours is None else [grey, colours]
     for _ in range(4):
-        grey = np.rot90(grey)  # each edge in turn comes to the top
+        pictures = [np.rot90(picture) for picture in pictures]  # each edge in turn comes to the top
+        grey = pictures[0]
         lines = grey[: round(BORDER * len(grey))].astype(np.float32)
         if len(lines):
             spread, mean = lines.std(axis=1), lines.mean(axis=1)
@@ -204,8 +213,9 @@ def without_border(grey):
             first = int(np.argmin(plain))  # line that is not plain; 0 if all are
             busy = np.flatnonzero(spread[first : first + 2 + len(lines) // 8] > BUSY)  # compression blurs what is between
             if first and len(busy):
-                grey = grey[first + busy[0] + 1 :]
-    return np.ascontiguousarray(grey)
+                pictures = [picture[first + busy[0] + 1 :] for picture in pictures]
+    pictures = [np.ascontiguousarray(picture) for picture in pictures]
+    return pictures[0] if colours is None else pictures
 
 
 def box_codes(small):

@@ -8,7 +8,7 @@ import time
 from search.gallery import open_store, read_gallery, update_store
 from search.run_data import embed_captions
 from utils.errors import UserError
-from utils.formats import PICTURE_ENDINGS
+from utils.folders import may_be_picture
 
 QUIET = 500  # milliseconds without a further change, after which changes are taken in
 WORK_PER_LOOK = 10  # embed for at least so many times as long as the last reading of the gallery took
@@ -48,8 +48,7 @@ class LiveGallery:
             import watchfiles  # only here: a run's own pictures do not change
 
             def is_picture(_, path):  # or a folder, of which there may be nothing left but its name
-                ending = os.path.splitext(path)[1].lower()
-                return ending in PICTURE_ENDINGS or not ending or os.path.isdir(path)
+                return may_be_picture(os.path.basename(path)) or os.path.isdir(path)
 
             options = {"stop_event": self.stopped, "step": QUIET, "yield_on_timeout": True, "rust_timeout": LOOK_EVERY}
             first = True

@@ -46,6 +46,7 @@ class Search:
     explain: bool = False  # draw a heat map over each picture: which parts match the text
     output: str = "matches.png"  # PNG of the matches or duplicates
     json: str = ""  # file for the results
+    verbose: bool = False  # name every file that is left out, and why
     # Instead of a search
     duplicates: bool = False  # find files that are the same photograph
     map: str = ""  # write a map of all pictures into this HTML file, and a PNG beside it

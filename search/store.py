@@ -11,13 +11,20 @@ first listed in a temporary table.
 import contextlib
 import os
 import sqlite3
+import unicodedata
 import uuid
 import zlib
 
+import cv2
 import numpy as np
+import PIL
+
+from utils.cache import cache_key
+from utils.formats import DECODING
 
 SCHEMA = (
-    # changed: in ns; row: NULL if the picture cannot be read; content: a hash of the file; taken: NULL if EXIF has no date
+    # changed: in ns; row: NULL if the picture cannot be decoded; taken: NULL if EXIF has no date
+    # content: a hash of the file, or the DECODERS that could not read it
     "CREATE TABLE IF NOT EXISTS pictures (path TEXT PRIMARY KEY, bytes INTEGER NOT NULL, "
     "changed INTEGER NOT NULL, row INTEGER UNIQUE, content BLOB, taken TEXT) WITHOUT ROWID",
     "CREATE TABLE IF NOT EXISTS blocks (first INTEGER PRIMARY KEY, count INTEGER NOT NULL, checksum INTEGER NOT NULL)",
@@ -26,9 +33,11 @@ SCHEMA = (
 )
 # The time a picture was taken, or else that of its file, as 2021-06-03T12:30:00.
 DATE = "COALESCE(taken, strftime('%Y-%m-%dT%H:%M:%S', pictures.changed / 1000000000, 'unixepoch', 'localtime'))"
-STALE = (  # listed files that are new or have changed; further conditions may follow
+DECODERS = cache_key(DECODING, cv2.__version__, PIL.__version__).encode()  # others may read what these could not
+STALE = (  # listed files that are new, have changed or were not decoded by older decoders; further conditions may follow
     "listed LEFT JOIN pictures USING (path) WHERE (pictures.path IS NULL "
-    "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed)"
+    "OR pictures.bytes != listed.bytes OR pictures.changed != listed.changed "
+    f"OR pictures.row IS NULL AND pictures.content IS NOT x'{DECODERS.hex()}')"
 )
 FORMAT = "pictures with a hash of the file, a date, and their hubness"  # part of cache keys
 TIMEOUT = 60  # seconds to wait for another command's transaction
@@ -47,6 +56,7 @@ class Store:
     def __init__(self, path, width):
         self.path, self.width = path, width
         self.database = sqlite3.connect(path, timeout=TIMEOUT, isolation_level=None, check_same_thread=False)
+        self.database.create_function("nfc", 1, lambda text: unicodedata.normalize("NFC", text), deterministic=True)
         with self.transaction():
             for statement in SCHEMA:
                 self.database.execute(statement)
@@ -154,13 +164,19 @@ class Store:
         return self.one("SELECT COUNT(*) FROM listed")
 
     def forget(self, folder):
-        """Forgets the pictures of a folder that are not listed; those in tar files there stay, as they are never listed."""
+        """Forgets the pictures of a folder that are not listed.
+
+        Those in tar files there stay, as they are never listed, and so do those in folders that cannot be listed now.
+        """
         # All paths in it lie between these.
         bounds = [os.path.join(os.path.abspath(folder), ""), os.path.join(os.path.abspath(folder), "\U0010ffff")]
         gone = "path BETWEEN ? AND ? AND path NOT LIKE '%.tar/%' AND path NOT IN (SELECT path FROM listed)"
         if self.one(f"SELECT EXISTS (SELECT * FROM pictures WHERE {gone})", bounds):
             with self.transaction():
-                self.database.execute(f"DELETE FROM pictures WHERE {gone}", bounds)
+                paths = [path for (path,) in self.database.execute(f"SELECT path FROM pictures WHERE {gone}", bounds)]
+                closed = {parent for parent in set(map(os.path.dirname, paths)) if not is_open(parent)}
+                deleted = ([path] for path in paths if os.path.dirname(path) not in closed)
+                self.database.executemany("DELETE FROM pictures WHERE path = ?", deleted)
 
     def count_stale(self):
         """How many of the listed files are new or have changed."""
@@ -193,6 +209,11 @@ class Store:
     def files(self):
         """Yields (row, path, bytes, changed) of all pictures that can be read."""
         return self.database.execute("SELECT row, path, bytes, changed FROM pictures WHERE row IS NOT NULL")
+
+    def undecoded(self):
+        """The paths of listed files that have no vector, in their order."""
+        query = "SELECT path FROM listed LEFT JOIN pictures USING (path) WHERE pictures.row IS NULL ORDER BY path"
+        return [path for (path,) in self.database.execute(query)]
 
     def date_of(self, path):
         """The time a picture was taken, or else that of its file; None for one that is not here."""
@@ -231,6 +252,17 @@ class Store:
             moved = ((new, -1 - int(row)) for new, row in enumerate(rows))
             self.database.executemany("UPDATE pictures SET row = ? WHERE row = ?", moved)
         self.remove_leftovers()
+
+
+def is_open(folder):
+    """Whether a folder can be listed, or is no longer there; else what is in it is not known."""
+    try:
+        os.scandir(folder).close()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def header(width):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from search.store import DECODERS
 from utils import processes
 from utils.exif import date_taken
 from utils.files import atomic_write, digest, read_bytes
@@ -81,7 +82,10 @@ def read_picture(path, size, resize):
 
 
 def embedded(searcher, entries, num_workers):
-    """Yields (path, bytes, changed, content, taken, vector) for each of (path, bytes, changed), as for `Store.add`."""
+    """Yields (path, bytes, changed, content, taken, vector) for each of (path, bytes, changed), as for `Store.add`.
+
+    A file that cannot be read now, which another try may change, is left out.
+    """
     from embedding import image_feature_batches, picture_vectors  # only here: these imports take seconds
 
     model, device, dtype = searcher.opened
@@ -91,7 +95,8 @@ def embedded(searcher, entries, num_workers):
     def pictures():
         for entry, (found, problem) in zip(entries, read_ahead(read, [path for path, *_ in entries], num_workers)):
             if problem:
-                unreadable.append((*entry, None, None, None))
+                if not problem.passing:
+                    unreadable.append((*entry, DECODERS, None, None))
             else:
                 image, content, taken = found
                 waiting.append((*entry, content, taken))

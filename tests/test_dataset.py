@@ -16,6 +16,7 @@ from captions import is_english, mentions_left_or_right
 from dataset import CLIPDataset, PairSampler, pad
 from Datasets import shapes
 from training.data import batch_loader
+from utils import images as images_module
 from utils.cache import cached_tensor
 from utils.errors import UserError
 from utils.images import center_crop, decode_images, read_image, resize_image
@@ -334,3 +335,17 @@ def test_captions_tell_the_truth_about_places():
 )
 def test_english_captions_are_told_from_others_which_are_not_flipped(captions, expected):
     assert is_english(captions) == expected
+
+
+def test_a_picture_that_could_not_be_read_for_a_while_is_decoded_by_the_next_run(pictures, tmp_path, monkeypatch):
+    read_bytes = images_module.read_bytes
+
+    def failing(path):
+        if path == pictures[2]:
+            raise OSError(5, "Input/output error", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(images_module, "read_bytes", failing)
+    assert list(decode_images(pictures, 32, tmp_path / "cache", skip_bad=True)[1]) == [2]
+    monkeypatch.setattr(images_module, "read_bytes", read_bytes)
+    assert decode_images(pictures, 32, tmp_path / "cache", skip_bad=True)[1] == {}

@@ -6,6 +6,7 @@ device.py        the device and the precision to compute with
 errors.py        errors as clear messages: user mistakes, SIGTERM, out of memory, lost processes
 exif.py          when a picture was taken
 files.py         atomic writes of files and folders
+folders.py       which files of a folder are pictures, or data at all
 fonts.py         fonts for plots in any script
 formats.py       decode picture files of any format
 images.py        read pictures from files, and cache them decoded

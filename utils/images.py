@@ -18,15 +18,16 @@ from tqdm import tqdm
 from utils.cache import cache_key, file_stats, require_space
 from utils.errors import UserError
 from utils.files import read_bytes, replace, temporary_path
-from utils.formats import decode
+from utils.formats import BROKEN, DECODING, PictureError, decode
 
 MAX_ASPECT_RATIO = 3  # of the longer to the shorter side; more is cut off evenly at both ends
 # How images are preprocessed for evaluation; part of cache keys.
-VIEW = f"shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, OpenCV {cv2.__version__}"
+VIEW = f"{DECODING}, shorter side resized, at most 1 to {MAX_ASPECT_RATIO}, centre crop, OpenCV {cv2.__version__}"
 AREA = "shortest area"  # how images are resized for an encoder, unless it was trained on another way
 PREFETCH = 256  # images decoded ahead
 NUM_SHOWN = 3  # bad images listed in an error
 CLOSER = 0.85  # side of a closer crop, as a share of the centre crop's
+AGAIN = "decode-again"  # a file beside decoded images, where some could not be read for a reason that may pass
 NUM_MEASURED = 50  # pictures whose decoded size stands for that of all
 
 cv2.setNumThreads(0)  # its threads would compete with torch's for the cores; we use one thread per image instead
@@ -85,7 +86,7 @@ def view_crops(image, size, views):
 def read_image(path, size, resize=AREA):
     """Reads an image file, applies its EXIF rotation and resizes it with `resize_image`.
 
-    Raises ValueError or OSError where it cannot be decoded.
+    Raises `utils.formats.PictureError` where it cannot be decoded, OSError where it cannot be read.
     """
     return decode_image(read_bytes(path), size, resize, Path(path).suffix)  # not cv2.imread: it fails for some names on Windows
 
@@ -96,18 +97,34 @@ def decode_image(contents, size, resize=AREA, ending=""):
 
 
 def read_images(paths, size, num_workers=0, resize=AREA):
-    """Yields (image, None) or (None, what is wrong) for each path, as `read_ahead` does."""
+    """Yields (image, None) or (None, its `Problem`) for each path, as `read_ahead` does."""
     return read_ahead(partial(read_image, size=size, resize=resize), paths, num_workers)
 
 
+class Problem(str):
+    """What is wrong with a file, as a line that names it. path: of it. passing: it could not be read now, but may be later."""
+
+    def __new__(cls, path, error):
+        known = isinstance(error, OSError) and error.strerror
+        problem = super().__new__(cls, f"{path}: cannot be read ({error.strerror})" if known else f"{path}: {error}")
+        problem.path = str(path)
+        problem.passing = error.passing if isinstance(error, PictureError) else True
+        return problem
+
+
 def read_ahead(read, paths, num_workers):
-    """Yields (read(path), None) or (None, what is wrong) for each path; threads read PREFETCH files ahead."""
+    """Yields (read(path), None) or (None, its `Problem`) for each path; threads read PREFETCH files ahead.
+
+    read: raises `utils.formats.PictureError` where it cannot decode a file, OSError where it cannot read it.
+    """
 
     def try_to_read(path):
         try:
             return read(path), None
+        except MemoryError:
+            return None, Problem(path, PictureError("needs more memory than there is", passing=True))
         except (ValueError, OSError) as error:
-            return None, f"{path}: {error}"
+            return None, Problem(path, error)
 
     with ThreadPoolExecutor(max(1, num_workers)) as pool:
         pending = deque()
@@ -153,8 +170,11 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_t
     Returns (images, bad): DecodedImages, and {position: what is wrong} of the unreadable images.
     Raises UserError for such an image unless skip_bad, and where the cache has too little space or cannot be written.
     """
-    folder = Path(cache_dir) / f"images-{cache_key(VIEW if resize == AREA else resize, size, file_stats(paths), skip_bad)}"
+    view = VIEW if resize == AREA else (DECODING, resize)
+    folder = Path(cache_dir) / f"images-{cache_key(view, size, file_stats(paths), skip_bad)}"
     try:
+        if (folder / AGAIN).exists():
+            raise ValueError(f"{folder}: without pictures that may be readable now")
         images = DecodedImages(folder)
         if len(images) != len(paths):
             raise ValueError(f"{folder}: for other images")
@@ -165,7 +185,7 @@ def decode_images(paths, size, cache_dir, num_workers=0, skip_bad=False, bytes_t
         print(f"decoding {len(paths):,} pictures into {cache_dir} (about {num_bytes / 1e9:.2f} GB)")
         write_decoded(folder, paths, size, num_workers, skip_bad, resize)
         images = DecodedImages(folder)
-    bad = {int(i): f"{paths[i]}: empty, truncated or not a picture" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
+    bad = {int(i): f"{paths[i]}: {BROKEN}" for i in np.flatnonzero(images.shapes[:, 0] == 0)}
     return images, bad
 
 
@@ -195,6 +215,8 @@ def write_decoded(folder, paths, size, num_workers, skip_bad, resize):
         if len(bad) == len(paths):
             raise UserError(f"{Path(paths[0]).parent}: none of its {len(paths)} pictures can be decoded")
         np.save(temporary / "shapes.npy", np.array(shapes, dtype=np.int64))
+        if any(problem.passing for problem in bad):
+            (temporary / AGAIN).touch()
         replace(temporary, folder)
     except OSError as error:
         if folder.is_dir():  # another process has just written the same images

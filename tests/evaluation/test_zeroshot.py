@@ -111,3 +111,14 @@ def test_scores_are_those_of_openais_calls(run, classes, tmp_path, evaluate_here
     assert scores["top1"] == pytest.approx(100 * (ranks <= 1).mean())
     assert scores["top5"] == pytest.approx(100 * (ranks <= 5).mean())
     assert cv2.imread(str(tmp_path / "confusion.png")) is not None
+
+
+def test_foreign_folders_are_no_classes_and_their_files_no_pictures(tmp_path, capsys):
+    for name in ("cat", "dog", "__MACOSX", ".ipynb_checkpoints", "@eaDir", "cat/@eaDir"):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / "0.png"), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "dog" / "._0.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "dog" / "0.png").rename(tmp_path / "dog" / "0.jfif")
+    names, paths, labels = find_pictures(tmp_path)
+    assert names == ["cat", "dog"] and [path.name for path in paths] == ["0.png", "0.jfif"] and labels.tolist() == [0, 1]
+    assert "left out 2 files hidden" in capsys.readouterr().out

@@ -220,7 +220,7 @@ def test_broken_pictures_are_left_out_and_counted(folder, capsys):
     for name, contents in (("empty.jpg", b""), ("text.jpg", b"no picture"), ("head.png", whole[:200])):
         (folder / name).write_bytes(contents)
     assert found(sorted(folder.iterdir())) == named("original.png", "copy.jpg")
-    assert capsys.readouterr().out == "left out 3 pictures that cannot be decoded\n"
+    assert capsys.readouterr().out == "left out 3 pictures that cannot be decoded: empty.jpg, head.png, text.jpg\n"
 
 
 def test_few_pictures_and_odd_ones(tmp_path):
@@ -276,3 +276,35 @@ def test_groups_become_records_and_a_drawing(folder):
     assert set(best) == {"path", "width", "height", "bytes", "date", "relation"}
     draw_duplicates(groups, folder / "drawn.png")
     assert cv2.imread(str(folder / "drawn.png")).shape[1] > 600
+
+
+@pytest.mark.parametrize(
+    "colours", [((220, 30, 30), (30, 30, 220)), ((30, 160, 30), (200, 40, 160)), ((0, 200, 255), (60, 40, 220))]
+)
+def test_icons_that_differ_in_colour_alone_are_not_the_same(tmp_path, colours):
+    for name, colour in zip("ab", colours):
+        icon = cv2.circle(np.full((128, 128, 3), 255, np.uint8), (64, 64), 40, colour, -1)
+        write(tmp_path / f"{name}.png", cv2.rectangle(icon, (20, 100), (50, 120), (40, 40, 40), -1))
+    assert found(sorted(tmp_path.iterdir())) == []
+    write(tmp_path / "c.png", cv2.resize(cv2.imread(str(tmp_path / "a.png")), (96, 96), interpolation=cv2.INTER_AREA))
+    assert found(sorted(tmp_path.iterdir())) == named("a.png", "c.png")
+
+
+def test_what_is_alike_in_bulk_is_compared_with_few_others(tmp_path, monkeypatch):
+    codes = np.zeros((200, len(hashes.BOXES), 32), dtype=np.uint8)
+    codes[:, :, 0] = np.arange(200, dtype=np.uint8)[:, None]
+    pictures = [hashes.Picture(f"{i}", 10, 10, 10, "", codes=code) for i, code in enumerate(codes)]
+    monkeypatch.setattr(duplicates, "MAX_NEIGHBOURS", 5)
+    neighbours = duplicates.near_pairs(pictures)
+    assert sum(map(len, neighbours.values())) <= 2 * 5 * 200 and all(
+        i in neighbours[j] for i in neighbours for j in neighbours[i]
+    )
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_width_and_height_are_those_of_the_upright_picture(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for name in ("a.tiff", "a.jpg", "a.png", "a.webp"):
+        Image.fromarray(textured(0, 600, 800)).save(tmp_path / name, exif=exif)
+        assert hashes.hash_file(str(tmp_path / name))[1:3] == ((800, 600) if orientation == 1 else (600, 800)), name

@@ -257,7 +257,45 @@ def test_names_that_are_not_utf8_and_folders_that_may_not_be_read_are_left_out_a
     monkeypatch.setattr(gallery.os, "scandir", refusing)
     assert len(opened().paths) == 6
     said = capsys.readouterr().out
-    assert "left out 1 folders without read permission and 1 pictures with non-UTF-8 names" in said
+    assert "left out 1 file that cannot be listed (Permission denied): private" in said
+    assert "left out 1 file with names that are not UTF-8: caf\ufffd.png" in said
+
+
+def test_a_read_error_that_passes_hides_no_picture(opened, folder, counted, monkeypatch, capsys):
+    name = sorted((folder / "deeper").iterdir())[0].name
+    read_bytes = update.read_bytes
+
+    def failing(path):
+        if os.path.basename(path) == name:
+            raise OSError(5, "Input/output error", str(path))
+        return read_bytes(path)
+
+    monkeypatch.setattr(update, "read_bytes", failing)
+    assert len(opened().paths) == 5 and f"cannot be decoded: {name}" in capsys.readouterr().out
+    monkeypatch.setattr(update, "read_bytes", read_bytes)
+    assert len(opened().paths) == 6 and "left out" not in capsys.readouterr().out
+
+
+def test_pictures_of_a_folder_that_cannot_be_listed_now_are_not_forgotten(opened, folder, counted, monkeypatch):
+    shutil.copy(sorted((folder / "deeper").iterdir())[0], folder / "one.png")
+    assert len(opened().paths) == 7
+    counted.clear()
+    scandir = os.scandir
+
+    def failing(path):
+        if os.path.basename(path) == "deeper":
+            raise OSError(5, "Input/output error", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", failing)
+    assert len(opened().paths) == 1
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert len(opened().paths) == 7 and counted == []
+
+
+def test_decomposed_and_composed_names_are_the_same_folder(opened, folder):
+    (folder / "deeper").rename(folder / "Cafe\u0301")  # as macOS writes it
+    assert len(opened().select(Filters(folder="Caf\u00e9/*")).paths) == 6
 
 
 def test_a_heic_file_is_read_by_its_own_decoder_alone(tmp_path):
@@ -267,7 +305,7 @@ def test_a_heic_file_is_read_by_its_own_decoder_alone(tmp_path):
     pillow_heif.from_pillow(Image.fromarray(picture)).save(tmp_path / "a.heic", quality=90)
     image = read_image(tmp_path / "a.heic", 40)
     assert image.shape == (40, 60, 3) and abs(image[20, 10].astype(int) - (200, 30, 30)).max() < 20
-    Image.fromarray(picture).save(tmp_path / "b.heic", format="PNG")  # stands for PostScript, which runs programs
+    (tmp_path / "b.heic").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n")  # would run a program
     with pytest.raises((ValueError, OSError)):
         read_image(tmp_path / "b.heic", 40)
 
