@@ -5,17 +5,15 @@ create a model from a Config, save and load it, and OpenAI's calls `load` and `t
 """
 
 import math
-import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import ModelHubMixin
 from torch import nn
 
 from config import (
@@ -29,21 +27,28 @@ from config import (
     save_run,
     without_paths,
 )
+from encoders import simple_tokenizer  # noqa: F401
 from encoders.build import load_pretrained, random_text_config
-from encoders.hub import from_hub, require_copy_folder
+from encoders.hub import COPIED, WRITTEN, copy_run_files, fetch_run, require_copy_folder
 from encoders.hubness import load_hubness
+from encoders.openai import (  # noqa: F401  as clip.model.build_model
+    OpenAINames,
+    build_model,
+    convert_weights,
+    encode_floats,
+    ids_and_mask,
+    tokens,
+    transform,
+    transform_of,
+)
 from encoders.openclip import build_open_clip, load_open_clip
 from encoders.stages import run_from_stage
 from encoders.tokenizer import CleaningTokenizer, openai_tokenizer, pretrained_tokenizer, read_tokenizer, train_tokenizer
-from loading.trained import SPLITS
 from modules import ImageEncoder, OpenClipImageEncoder, OpenClipTextEncoder, ProjectionHead, TextEncoder
 from utils.device import pick_device
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.images import center_crop, resize_image
 
-MODEL_FILES = ("config.json", "model.safetensors", HUBNESS_FILE)
-HUB_FILES = ("tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png")  # uploaded besides MODEL_FILES
 OF_WEIGHTS = (HUBNESS_FILE, "relevance.json", "references.npy", "relevance.png", "README.md", "matches.png", "similarity.png")
 OF_WEIGHTS += ("tradeoff.csv", "tradeoff.png")  # in a run folder: what is true of these weights alone
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
@@ -54,7 +59,7 @@ class UnknownModel(UserError, RuntimeError):
     """No run folder or model has this name; also a RuntimeError, as OpenAI's `clip.load` raises."""
 
 
-class CLIPModel(nn.Module, ModelHubMixin):
+class CLIPModel(nn.Module, OpenAINames, huggingface_hub.ModelHubMixin):
     """Image encoder, text encoder and their projection heads.
 
     image_encoder: maps (n, 3, h, w) pixels to (n, d_i) features and has the attribute width, d_i; text_encoder maps
@@ -96,7 +101,7 @@ class CLIPModel(nn.Module, ModelHubMixin):
         if self.run_dir is None:
             raise UserError("only a model that clip.load found in a run folder can be saved as one; train it with main.py")
         if Path(save_directory).resolve() != Path(self.run_dir).resolve():
-            require_copy_folder(save_directory, (*MODEL_FILES, *HUB_FILES))
+            require_copy_folder(save_directory, (*WRITTEN, *COPIED))
             return super().save_pretrained(save_directory, **options)
         save_weights(self, save_directory)
         if options.pop("push_to_hub", False):
@@ -107,25 +112,23 @@ class CLIPModel(nn.Module, ModelHubMixin):
         run = load_run(self.run_dir)
         save_run(save_directory, without_paths(run["config"]), run["encoders"])
         save_weights(self, save_directory)
-        for name in (name for name in HUB_FILES if Path(self.run_dir, name).exists()):
-            shutil.copyfile(Path(self.run_dir) / name, Path(save_directory) / name)
+        copy_run_files(self.run_dir, save_directory)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id, **_):
+    def _from_pretrained(cls, *, model_id, **options):
         """Called by huggingface_hub's from_pretrained."""
-        return load(model_id, "cpu")[0]
+        names = "revision", "cache_dir", "token", "force_download", "local_files_only"
+        options = {name: options.get(name) for name in names}
+        return load(model_id if Path(model_id).is_dir() else fetch(model_id, **options), "cpu")[0]
 
     def image_features(self, image):
-        """(n, 3, h, w) pixels -> (n, d_i)."""
-        return self.image_encoder(image)
+        """(n, 3, h, w) pixels -> (n, d_i). Integers are 0 to 255; floats normalised, as the preprocess of `load` makes them."""
+        return encode_floats(self.image_encoder, image) if image.is_floating_point() else self.image_encoder(image)
 
     def text_features(self, text, attention_mask=None):
-        """(n, l) token ids -> (n, d_t)."""
-        if attention_mask is None:  # OpenAI pads with 0, which is also "!": only the 0s at the end are padding
-            real = text != self.tokenizer.padding["pad_id"]
-            attention_mask = real.flip(1).cummax(1).values.flip(1).long()
-            longest = max(1, int(attention_mask.sum(1).max()))
-            text, attention_mask = text[:, :longest], attention_mask[:, :longest]
+        """(n, l) token ids -> (n, d_t). attention_mask: for ids of `tokenize` it is told by their padding."""
+        if attention_mask is None:
+            text, attention_mask = ids_and_mask(self.tokenizer, text)
         return self.text_encoder(text, attention_mask)
 
     def encode_image(self, image):
@@ -167,7 +170,7 @@ class CLIPModel(nn.Module, ModelHubMixin):
             return batch["image_features"]
         if "image_activations" in batch:
             return run_from_stage(self.image_encoder, batch["image_activations"])
-        return self.image_features(batch["image"])
+        return self.image_encoder(batch["image"])  # 0 to 255, also where generated pictures make them floats
 
     def batch_text_features(self, batch):
         if "text_features" in batch:
@@ -349,33 +352,28 @@ def load_weights(model, run_dir):
         raise UserError(f"{path}: truncated, damaged or of another model ({reason}); train the run again") from None
 
 
-def load(name, device="auto", jit=False):
+def load(name, device="auto", jit=False, download_root=None):
     """OpenAI's call: (model, preprocess) for a name; the model is in eval mode, in fp32.
 
     name: a run folder, open_clip:MODEL@WEIGHTS, one of OpenAI's names, or USER/NAME of a run on a model hub.
 
     device: a torch device or its name; auto takes a GPU where there is one. jit: not supported by these encoders.
-    preprocess maps a PIL image to (3, size, size) pixels; model.encode_image takes batches of them.
+    download_root: the folder for what is downloaded; None: the model hub's cache.
+    preprocess maps a PIL image to (3, size, size) normalised pixels; model.encode_image takes batches of them.
     `tokenize` then uses this model's tokenizer.
     Raises UnknownModel for another name (a RuntimeError, as OpenAI's call does), and UserError for a folder that holds no
     usable run, or weights that cannot be downloaded.
     """
     global last_tokenizer
     if jit:
-        raise UserError("clip.load(jit=True): TorchScript is not supported; use torch.compile(model)")
+        raise UserError("clip.load(jit=True): TorchScript is not supported; leave jit out, and use torch.compile(model)")
     if is_model_name(name):
-        model = open_clip_model(*load_open_clip(name))
+        model = open_clip_model(*load_open_clip(name, download_root=download_root))
     else:
-        model = load_from_folder(name if Path(name).is_dir() else fetch(str(name)))
+        model = load_from_folder(name if Path(name).is_dir() else fetch(str(name), cache_dir=download_root))
     model.eval().to(pick_device(str(device)))
-    size, resize = model.image_encoder.size, model.image_encoder.resize
     last_tokenizer = model.tokenizer
-
-    def preprocess(picture):
-        image = resize_image(np.asarray(picture.convert("RGB")), size, resize)
-        return torch.from_numpy(center_crop(image, size)).permute(2, 0, 1).float()
-
-    return model, preprocess
+    return model, transform_of(model.image_encoder)
 
 
 def load_from_folder(run_dir):
@@ -400,14 +398,17 @@ def load_from_folder(run_dir):
     return model
 
 
-def fetch(name):
+def fetch(name, **options):
     """Downloads a run that was pushed to a model hub as USER/NAME, and returns its local folder.
 
+    options: of huggingface_hub's snapshot_download, such as cache_dir and revision; None: as if it was left out.
     Raises UnknownModel where the hub has none. A local path is not looked up: a stranger's model may have the same name.
     """
+    if Path(name).is_file():
+        raise UnknownModel(f"{name}: is a file; write open_clip:MODEL@{name}, with its model, such as ViT-B-32")
     if may_be_on_hub(name):
         try:
-            return from_hub(lambda: huggingface_hub.snapshot_download(name, allow_patterns=[*HUB_FILES, *MODEL_FILES]))
+            return fetch_run(name, **options)
         except (OSError, ValueError) as error:
             print(f"{name}: not found on a model hub ({type(error).__name__})")
     raise UnknownModel(f"{name}: neither a run folder nor the name of a model; there are {', '.join(available_models())}")
@@ -425,19 +426,16 @@ def available_models():
 def tokenize(texts, context_length=CONTEXT_LENGTH, truncate=False):
     """OpenAI's call: one text or a list of n -> (n, context_length) int64 token ids, padded at the end.
 
-    The tokenizer is that of the last loaded model, or OpenAI's if none was loaded.
+    The tokenizer is that of the last loaded model, or OpenAI's if none was loaded; `CLIPModel.tokenize` uses a model's own.
     truncate: shorten a text that is too long, keeping its end token; otherwise it raises RuntimeError.
     """
-    texts = [texts] if isinstance(texts, str) else list(texts)
     global last_tokenizer
     last_tokenizer = last_tokenizer or openai_tokenizer(CONTEXT_LENGTH)
-    max_length = min(context_length, last_tokenizer.truncation["max_length"])
-    input_ids = torch.full((len(texts), context_length), last_tokenizer.padding["pad_id"])
-    for row, (text, encoding) in enumerate(zip(texts, last_tokenizer.encode_batch(texts))):
-        ids = encoding.ids[: sum(encoding.attention_mask)]
-        if len(ids) > max_length or encoding.overflowing:
-            if not truncate:
-                raise RuntimeError(f"Input {text} is too long for context length {max_length}")
-            ids = ids[: max_length - 1] + ids[-1:]
-        input_ids[row, : len(ids)] = torch.tensor(ids)
-    return input_ids
+    return tokens(last_tokenizer, texts, context_length, truncate)
+
+
+# Programs also write `from clip import clip`, `from clip.model import CLIP` and `from clip.simple_tokenizer import ...`.
+CLIP, _transform = CLIPModel, transform
+clip = model = sys.modules[__name__]
+for _name in ("clip", "model", "simple_tokenizer"):
+    sys.modules[f"{__name__}.{_name}"] = globals()[_name]

@@ -16,7 +16,17 @@ from pathlib import Path
 from config import is_model_name
 from search.files import find_pictures
 from search.gallery import Filters, open_gallery
-from search.queries import Query, best_captions, best_matches, blend, classify_embedding, embed_texts, judge, read_queries
+from search.queries import (
+    Query,
+    as_vectors,
+    best_captions,
+    best_matches,
+    blend,
+    classify_embedding,
+    embed_texts,
+    judge,
+    read_queries,
+)
 from search.searcher import Searcher
 from utils.errors import lost_process
 from utils.files import write_json
@@ -28,14 +38,17 @@ GRID_PIXELS = 320  # shorter side of the pictures in a grid
 def find_matches(model, image_embeddings, query, image_filenames, n=9, output="", show=False):
     """The n pictures that match a query best, as [(filename, score)], best first.
 
-    image_embeddings: (N, d_e), L2-normalised, (N, d_e + 1) as `search.queries` has them, or a `search.gallery.Gallery`.
+    image_embeddings: (N, d_e), an array or a tensor, (N, d_e + 1) as `search.queries` has them, or a `search.gallery.Gallery`.
     query: a text, or a `search.queries.Query`.
     image_filenames: N paths. Scores are cosines, minus the hubness of vectors that have it. There are N matches if n is larger.
     output: a PNG to draw the matches into; show opens a window with it.
-    Raises UserError for an empty query.
+    Raises UserError for an empty query, and where embeddings and paths do not fit together.
     """
     query = Query((query,)) if isinstance(query, str) else query
-    matches = best_matches(image_embeddings, query.embed(model), image_filenames, n)
+    embedding = query.embed(model)
+    if not hasattr(image_embeddings, "top_k"):
+        image_embeddings = as_vectors(image_embeddings, image_filenames, len(embedding))
+    matches = best_matches(image_embeddings, embedding, image_filenames, n)
     if output:
         draw_matches(str(query), judge(matches, None, None), output, show)
     return matches

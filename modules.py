@@ -74,7 +74,11 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image):
         """image: (n, 3, h, w) uint8 or float pixels of 0 to 255 -> (n, d_i) features."""
-        return multi_stage_features(self.backbone, self.feature_stages, self.normalize(image))
+        return self.encode_normalized(self.normalize(image))
+
+    def encode_normalized(self, image):
+        """(n, 3, h, w) normalised pixels -> (n, d_i) features."""
+        return multi_stage_features(self.backbone, self.feature_stages, image)
 
 
 class OpenClipImageEncoder(ImageEncoder):

@@ -6,7 +6,9 @@ convolution.py  faster convolutions on a CPU, with the same results
 ensemble.py     several models as one
 hub.py          download from a model hub, with a short timeout, and save copies for one
 hubness.py      correct scores for pictures that are near to most texts
+openai.py       what programs use of OpenAI's clip beside the model
 openclip.py     open_clip's pretrained models
+simple_tokenizer.py  OpenAI's tokenizer, as a class
 stages.py       cut an image encoder at a stage, and take features from several stages
 text_mixer.py   an MLP-Mixer as a text encoder
 tokenizer.py    captions to token ids

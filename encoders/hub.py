@@ -1,12 +1,19 @@
-"""Download from a model hub, with a short timeout, and save copies for one."""
+"""Runs and models on a model hub: download them, with a short timeout, and what of a run goes there."""
 
+import filecmp
+import shutil
 from pathlib import Path
 
 import huggingface_hub
 
-from config import load_run
+from config import HUBNESS_FILE, load_run
+from loading.trained import SPLITS
 from utils.errors import UserError
 
+NEEDED = "config.json", "model.safetensors", "tokenizer.json"  # without which a run folder cannot be loaded
+WRITTEN = "config.json", "model.safetensors", HUBNESS_FILE  # of the model
+OF_WEIGHTS = "relevance.json", "references.npy"  # `search.relevance` learned them with these weights
+COPIED = "tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png", *OF_WEIGHTS  # of the run
 HUB_TIMEOUT = 5  # seconds to wait for a model hub's first answer
 
 
@@ -54,3 +61,33 @@ def require_copy_folder(folder, names):
         raise UserError(f"{folder}: holds {there[0]}, which is not of a run; name a new folder") from None
     if Path(folder, "last.pt").exists():
         raise UserError(f"{folder}: is a run that was trained there; name a new folder")
+
+
+def fetch_run(name, **options):
+    """The local folder of the run USER/NAME: the newest version where the hub answers, else what was downloaded before.
+
+    options: of huggingface_hub.snapshot_download; None: as if it was left out.
+    Raises an OSError or a ValueError where the hub has no such name, UserError where a download was interrupted.
+    """
+    options = {key: value for key, value in options.items() if value}
+    constants, offline = huggingface_hub.constants, huggingface_hub.constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = offline or not hub_answers()
+    try:
+        folder = huggingface_hub.snapshot_download(name, allow_patterns=[*COPIED, *WRITTEN], **options)
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+    if missing := [file for file in NEEDED if not Path(folder, file).exists()]:
+        raise UserError(
+            f"{name}: no {' and no '.join(missing)} in {folder}; its download was interrupted, or it is no run; "
+            "load it again where the model hub answers"
+        )
+    return folder
+
+
+def copy_run_files(run_dir, folder):
+    """Copies what belongs to a run into a folder that has the model's weights; of other weights than the run's no floor."""
+    weights = [Path(place, "model.safetensors") for place in (run_dir, folder)]
+    same = all(map(Path.exists, weights)) and filecmp.cmp(*weights, shallow=False)
+    for name in COPIED:
+        if Path(run_dir, name).exists() and (same or name not in OF_WEIGHTS):
+            shutil.copyfile(Path(run_dir, name), Path(folder, name))

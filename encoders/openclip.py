@@ -64,8 +64,10 @@ def split_name(name):
     raise UserError(f"{name}: {what}; for {model} there are {known}, or name a local checkpoint")
 
 
-def load_open_clip(name, size=0):
+def load_open_clip(name, size=0, download_root=None):
     """(OpenClip, tokenizer, architecture) of a name. size: of its input in pixels; 0: its own.
+
+    download_root: the folder for weights that are downloaded; None: the model hub's cache.
 
     Raises UserError for an unknown name, weights that do not fit, or a hub that cannot be reached.
     """
@@ -95,7 +97,8 @@ def load_open_clip(name, size=0):
     if preprocess["resize_mode"] == "longest":
         raise UserError(f"{name}: pads its pictures to a square, which is not supported; choose another model")
     architecture["preprocess"] = preprocess
-    return read_weights(name, weights, tag, architecture, found.get("multimodal_cfg")), tokenizer, architecture
+    parts = read_weights(name, weights, tag, architecture, found.get("multimodal_cfg"), download_root)
+    return parts, tokenizer, architecture
 
 
 def read_config(path):
@@ -185,14 +188,15 @@ def as_parts(model):
     return OpenClip(model.visual, model.text, model.logit_scale.data.view(()), None if bias is None else bias.data.view(()))
 
 
-def read_weights(name, weights, tag, architecture, decoder):
+def read_weights(name, weights, tag, architecture, decoder, download_root=None):
     """The OpenClip of an architecture with the weights of a tag or a local checkpoint; random: as it is built."""
     import open_clip
 
     if weights == "random":
         return build_open_clip(architecture)
     try:
-        path = from_hub(partial(open_clip.download_pretrained, tag)) if tag else checkpoint_file(name, Path(weights))
+        download = partial(open_clip.download_pretrained, tag, cache_dir=download_root)
+        path = from_hub(download) if tag else checkpoint_file(name, Path(weights))
     except (OSError, RuntimeError):
         raise UserError(
             f"{name}: its weights are neither on this machine nor available from a model hub; name a local checkpoint, "

@@ -96,6 +96,23 @@ class Query:
         return embed_query(model, self.texts, self.minus, self.weights)
 
 
+def as_vectors(embeddings, filenames, width):
+    """Embeddings of N pictures, (N, d_e) or (N, d_e + 1), an array or a tensor -> the same, L2-normalised.
+
+    width: d_e + 1. Raises UserError where they are not a row for each file, or of another model.
+    """
+    vectors = np.array(embeddings.detach().cpu().numpy() if hasattr(embeddings, "detach") else embeddings, dtype=np.float32)
+    shape = " x ".join(map(str, vectors.shape))
+    if vectors.ndim != 2 or vectors.shape[1] not in (width - 1, width):
+        raise UserError(f"find_matches: {shape} embeddings; this model's are N x {width - 1}")
+    if len(vectors) != len(filenames):
+        raise UserError(f"find_matches: {shape} embeddings, and {len(filenames)} file names; each row needs its name")
+    lengths = np.linalg.norm(vectors[:, : width - 1], axis=1, keepdims=True)
+    if not np.allclose(lengths, 1, atol=1e-2):  # float16 ones, as galleries have them, stay as they are
+        vectors[:, : width - 1] /= np.maximum(lengths, 1e-12)
+    return vectors
+
+
 def best_matches(gallery, embedding, image_filenames, n, skip=0):
     """The n best pictures for a query, (d_e + 1,), as [(filename, score)], best first. gallery: as for `index.top_k`.
 

@@ -19,6 +19,11 @@ def read_data(run):
     if is_model_name(run):
         raise UserError(f"--run {run}: has no pictures and captions of its own; name a folder of pictures with --images")
     config = load_run(run)["config"]
+    place = config.image_path or config.data_dir
+    if not (is_stream(place) or os.path.exists(place)):
+        raise UserError(
+            f"--run {run}: its own pictures ({place}) are not on this machine; name a folder of pictures with --images"
+        )
     if is_stream(config.data_dir):
         from training.stream import validation_table  # only here: this import takes seconds
 

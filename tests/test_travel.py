@@ -213,3 +213,23 @@ def test_the_notebooks_first_cell_clones_the_project_once(tmp_path):
         line, cwd = first_cell(elsewhere, project.as_uri()).splitlines()
         assert line == "the project and its requirements are here"
         assert cwd == str(elsewhere / "clip-project")
+
+
+def test_the_cards_code_runs_where_it_says(run, tmp_path, monkeypatch):
+    """The fixture's run has an absolute --run-dir; runs/mine is below the folder that training was started in."""
+    loaded = {}
+    for folder in (run, tmp_path / "runs" / "mine"):
+        if not folder.exists():
+            shutil.copytree(run, folder)
+            monkeypatch.chdir(tmp_path)
+            saved = clip.load_run(folder)["config"]
+            splits = {name: SimpleNamespace(names=[0], num_images=1, num_captions=1) for name in ("train", "val")}
+            sides = ("image_to_text", "text_to_image")
+            scores = {side: dict.fromkeys(("R@1", "R@5", "R@10", "median_rank"), 0) for side in sides}
+            write_card("runs/mine", saved, clip.load(folder, "cpu")[0], splits, scores)
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        code = "\n".join(line[4:] for line in card.splitlines() if line.startswith("    "))
+        assert ("In the project's folder:" in card) == (folder != run)
+        monkeypatch.chdir(tmp_path if folder != run else run.parent)
+        exec(code, loaded)
+        assert Path(loaded["model"].run_dir).resolve() == folder.resolve()

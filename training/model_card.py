@@ -42,8 +42,12 @@ Recall on the {val:,} validation images, in percent. A random ranking has an R@1
 
 ## Use
 
+In {place}:
+
     import clip
     model, preprocess = clip.load("{run_dir}")
+
+A copy of it is loaded by its folder, or from a model hub as `clip.load("USER/NAME")`.
 
 ## Limits
 
@@ -79,6 +83,7 @@ def write_card(run_dir, config, model, splits, scores, notes=None):
     for side in ("image_to_text", "text_to_image"):
         cells = [side.replace("_", " "), *(f"{scores[side][column]:.1f}" for column in columns)]
         rows.append("| " + " | ".join(cells) + " |")
+    below = Path(run_dir).resolve().is_relative_to(Path.cwd())  # else only its name: a card names no folder of this machine
     correction = "" if model.hubness is None else CORRECTION
     split = [f"Split: {notes.rule}.", *(f"**{line}.**" for line in [notes.caution] if line)] if notes else []
     text = CARD.format(
@@ -105,6 +110,7 @@ def write_card(run_dir, config, model, splits, scores, notes=None):
         seed=config.seed,
         chance=100 / len(splits["val"].names),
         recalls="\n".join(rows),
-        run_dir=Path(run_dir).name,
+        place="the project's folder" if below else "the folder that this run's folder is in, with the project on PYTHONPATH",
+        run_dir=Path(run_dir).resolve().relative_to(Path.cwd()).as_posix() if below else Path(run_dir).name,
     )
     atomic_write(Path(run_dir) / "README.md", lambda temporary: temporary.write_text(text, encoding="utf-8"))

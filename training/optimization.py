@@ -56,14 +56,19 @@ def layers_above(encoder, prefix):
     return {f"{prefix}{name}": top - (top if layer is None else layer) for name, layer in layer_of.items()}
 
 
+def undecorated(method):
+    """A method without its outermost decorator; as it is in a version of torch that does not decorate it."""
+    return getattr(method, "__wrapped__", method)
+
+
 class AdamW(torch.optim.AdamW):
     """torch's AdamW, with its methods as they are before torch hides them from torch.compile, which loads it: two seconds."""
 
-    step = torch.no_grad()(torch.optim.AdamW.step.__wrapped__)
-    zero_grad = torch.optim.AdamW.zero_grad.__wrapped__
-    add_param_group = torch.optim.AdamW.add_param_group.__wrapped__
-    state_dict = torch.optim.AdamW.state_dict.__wrapped__
-    load_state_dict = torch.optim.AdamW.load_state_dict.__wrapped__
+    step = torch.no_grad()(undecorated(torch.optim.AdamW.step))
+    zero_grad = undecorated(torch.optim.AdamW.zero_grad)
+    add_param_group = undecorated(torch.optim.AdamW.add_param_group)
+    state_dict = undecorated(torch.optim.AdamW.state_dict)
+    load_state_dict = undecorated(torch.optim.AdamW.load_state_dict)
 
 
 def create_optimizer(groups, device, sharded=False):

@@ -3,6 +3,7 @@
 import ctypes
 import functools
 import os
+import re
 import shutil
 import sys
 
@@ -17,14 +18,42 @@ def pick_device(name):
     """ "auto" or a torch device name -> torch.device. Raises UserError where it is not available."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        if name == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
+        if name == "cuda" and (problem := missing_kernels("cuda")):
+            warn_unsupported_gpu(problem)
+            name = "cpu"
+        elif name == "cpu" and torch.version.cuda and shutil.which("nvidia-smi"):
             warn_unused_gpu()
     try:
         device = torch.device(name)
+        if device.type == "cuda" and torch.cuda.is_available() and (problem := missing_kernels(device)):
+            raise UserError(f"--device {name}: {problem}; pass --device cpu, or install a torch that was built for it")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: not available here ({str(error).splitlines()[0]})") from None
     return device
+
+
+def missing_kernels(device):
+    """What is wrong where torch was not built for a GPU, which `torch.cuda.is_available` does not see; empty: nothing is.
+
+    A build runs on GPUs of the same major compute capability that are not older (sm_80 on 8.6). What it has as PTX
+    (compute_80) is compiled for all newer ones.
+    """
+    capability, built = torch.cuda.get_device_capability(device), torch.cuda.get_arch_list()
+    targets = [target for target in (re.match(r"(sm|compute)_(\d+)(\d)", name) for name in built) if target]
+    for kind, major, minor in (target.groups() for target in targets):
+        target = int(major), int(minor)
+        if target <= capability and (kind == "compute" or target[0] == capability[0]):
+            return ""
+    if not targets:  # a ROCm build names its GPUs in another way
+        return ""
+    major, minor = capability
+    return f"torch {torch.__version__} has no kernels for this GPU, sm_{major}{minor}, only for {', '.join(built)}"
+
+
+@functools.cache  # once
+def warn_unsupported_gpu(problem):
+    print(f"{problem}; so the CPU is used, until a torch is installed that was built for the GPU")
 
 
 @functools.cache  # once
@@ -44,7 +73,7 @@ def pick_dtype(precision, device):
             capability = torch.cuda.get_device_capability(device)
             precision = "bf16" if capability >= (8, 0) else "fp16" if capability >= (7, 0) else "fp32"
         else:
-            features = torch.cpu.get_capabilities()
+            features = getattr(torch.cpu, "get_capabilities", dict)()  # from torch 2.11 on
             native = device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
             precision = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
