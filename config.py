@@ -30,7 +30,7 @@ class Config:
     data_dir: str = ""  # folder with Images/ and captions, shards as 'DIR/{00..99}.tar', or hf:NAME; empty: Flickr8k, if found
     val_data: str = ""  # validation pictures for training on shards: a folder, shards, or hf:NAME:SPLIT
     image_column: str = ""  # image column of a table, parquet files or hf:NAME; empty: found by its name or type
-    caption_column: str = ""  # caption column of a table, parquet files or hf:NAME; empty: found by its name
+    caption_column: str = ""  # caption column of a table, parquet, hf:NAME or JSON in tar files; empty: found by its name
     image_path: str = ""  # folder of the images, where it is not in data_dir
     captions_path: str = ""  # captions file, where it is not in data_dir
     download: bool = False  # download Kaggle's Flickr8k if it is not found (needs a network)
@@ -74,7 +74,7 @@ class Config:
     heads_first: bool = True  # first train only the heads, on frozen pretrained encoders, in RUN_DIR/heads
     head_init: Literal["random", "cca"] = "random"  # cca: heads on frozen encoders start from canonical correlation analysis
     epochs: int = 0  # passes over the training images; 0: 60 with both encoders frozen (cca: 30), else 8 (whole model: 10)
-    batch_size: int = 0  # images per step, each with the others as negatives; 0: 1000 if both are frozen, else 128
+    batch_size: int = 0  # images per step, each with the others as negatives; 0: up to 1000 if both are frozen, else 128
     steps: int = 0  # training steps; 0: as many as the epochs have
     unique_images: bool = True  # an image at most once per batch; no: batches drawn from all pairs of image and caption
     captions_per_image: int = 1  # captions sampled per image per step; the loss is the mean over them
@@ -134,6 +134,10 @@ class Config:
     def freezes(self, part):
         """Whether the "image" or the "text" encoder is frozen as a whole."""
         return self.freeze in (part, "both")
+
+
+class AtMost(int):
+    """A batch size that nobody passed: a run takes a smaller one where it has fewer training images."""
 
 
 RANGES = {  # (what a value must be, whether it is): settings
@@ -355,13 +359,12 @@ def parse_config(arguments, default_preset=None):
     """The Config of a command line ([PRESET] [--flags]), and the name of its preset.
 
     default_preset: where none is named; None: flickr8k where its pictures are found or asked for, else shapes.
-    Raises UserError for an unknown flag, values of the wrong type or that make no sense, and where the run to resume or to
-    fine-tune does not exist.
+    Raises UserError for an unknown flag, values of the wrong type or that make no sense, own data without a preset, and where
+    the run to resume or to fine-tune does not exist.
     """
-    if not default_preset:
-        default_preset = "flickr8k" if flickr8k.find() or "--download" in arguments else "shapes"
     named = bool(arguments) and not arguments[0].startswith("-")
-    preset = arguments[0] if named else default_preset
+    found = "flickr8k" if flickr8k.find() or "--download" in arguments else "shapes"
+    preset = arguments[0] if named else default_preset or found
     if preset not in PRESETS:
         close = difflib.get_close_matches(preset, PRESETS, 1)
         suggestion = f"did you mean {close[0]}? " if close else ""
@@ -377,12 +380,49 @@ def parse_config(arguments, default_preset=None):
     config = parse(Config, "main.py", flags, PRESETS[preset])
     if config.resume == "yes" or config.resume == "auto" and (Path(config.run_dir) / "config.json").exists():
         config = parse(Config, "main.py", flags, replace(load_run(config.run_dir)["config"], run_dir=config.run_dir))
-    elif config.resume == "auto":
-        config = replace(config, resume="no")
+    else:
+        if not (named or default_preset):
+            require_preset(config, preset, arguments)
+        config = replace(own_places(config, arguments), resume="no")
+        if not is_passed("--batch-size", arguments):
+            config = replace(config, batch_size=AtMost(config.batch_size))
     config = resolve_defaults(config)
     check_run_dir(config.run_dir)
     validate(config)
     return config, preset
+
+
+def is_passed(flag, arguments):
+    """Whether a command line has a flag, such as --data-dir."""
+    return any(word.partition("=")[0].replace("_", "-") == flag for word in arguments)
+
+
+def own_places(config, arguments):
+    """The Config without the preset's data folder, where the command line names a captions file or pictures elsewhere.
+
+    Raises UserError where it names pictures, and the captions would be those of the sample.
+    """
+    if config.data_dir != SHAPES.data_dir or is_passed("--data-dir", arguments):
+        return config
+    if config.image_path and not config.captions_path:
+        raise UserError(f"--image-path {config.image_path}: name its captions, too, with --captions-path or --data-dir")
+    return replace(config, data_dir="") if config.captions_path else config
+
+
+def require_preset(config, preset, arguments):
+    """Raises UserError where own data or a whole model would be trained with a preset that nobody named."""
+    usual = ("", PRESETS[preset].data_dir, flickr8k.find())
+    own = [name for name in ("model", "data_dir", "captions_path", "image_path") if getattr(config, name) not in usual]
+    if not own:
+        return
+    photographs, drawn = (
+        ", ".join(name for name, (_, where, _) in PRESET_NOTES.items() if where == data) for data in ("Flickr8k", "drawn")
+    )
+    example = shlex.join(["open_clip" if config.model else "fast", *arguments])
+    raise UserError(
+        f"--{own[0].replace('_', '-')} {getattr(config, own[0])}: name the preset, too: for photographs {photographs} "
+        f"(pretrained encoders), from scratch {drawn}; as in python main.py {example}"
+    )
 
 
 def refuse_late_preset(arguments):
@@ -444,7 +484,7 @@ def resolve_defaults(config):
     return replace(
         config,
         epochs=config.epochs or epochs,
-        batch_size=config.batch_size or batch_size,
+        batch_size=config.batch_size or AtMost(batch_size),
         head_lr=config.head_lr or head_lr,
     )
 
@@ -501,13 +541,13 @@ def validate(config):
 
 
 def rules(config):
-    """What must not be set together: (whether it is, what to say)."""
-    c = config
+    """What must not be set together: (whether it is, what to say). fits: a batch is lowered to whole micro-batches."""
+    c, fits = config, isinstance(config.batch_size, AtMost) and config.micro_batch_size <= config.batch_size
     cached, count = c.freezes("image") or bool(c.image_unfreeze_from), generated_per_batch(c)
     joint, generates = c.gan == "joint", bool(c.extra_data) or c.gan == "joint"
     yield c.batch_size == 1, "--batch-size 1: a single pair has no negatives; use 2 or more"
     micro_batch = f"--micro-batch-size {c.micro_batch_size}: does not divide --batch-size {c.batch_size}"
-    yield c.micro_batch_size and c.batch_size % c.micro_batch_size, micro_batch
+    yield c.micro_batch_size and c.batch_size % c.micro_batch_size and not fits, micro_batch
     yield c.extra_data and joint, "--extra-data, --gan joint: either fills a share of the batch; leave one out"
     fraction = f"--extra-fraction {c.extra_fraction}: makes {count} of {c.batch_size} pictures; at least 2 are needed"
     yield generates and not 2 <= count < c.batch_size, fraction

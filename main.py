@@ -2,7 +2,7 @@
 
 import sys
 
-from config import heads_config, parse_config, trains_heads_first
+from config import SHAPES, heads_config, parse_config, trains_heads_first
 from utils.errors import UserError, at_sigterm, exit_terminated, run_command, to_user_error
 
 if __name__ == "__main__":  # first, as what is imported below takes seconds to load
@@ -33,7 +33,7 @@ from training.checkpoint import (
     save_settings,
     start_run,
 )
-from training.data import fetch_data, load_splits, read_table, train_loader
+from training.data import fetch_data, fit_batch, load_splits, read_table, train_loader
 from training.feature_cache import activation_bytes, freeze_encoders
 from training.keeping import TRADEOFF, check_kept, keep_best_mixture, kept_score, score_start
 from training.optimization import is_stale
@@ -50,8 +50,7 @@ from utils.files import remove_leftovers
 
 def train(config):
     """A whole run: reads the data, trains, writes the run folder. Returns the model of the best epoch."""
-    device, dtype = set_up(config)
-    run_dir = Path(config.run_dir)
+    (device, dtype), run_dir = set_up(config), Path(config.run_dir)
     with distributed.main_process_first():
         table, image_dir, skipped = read_table(config)
         stream = open_stream(config)
@@ -62,6 +61,7 @@ def train(config):
     with distributed.main_process_first():
         bytes_to_come = activation_bytes(config, model.image_encoder, table, dtype)
         splits, bad = load_splits(config, table, image_dir, model, bytes_to_come, stream)
+    config = fit_batch(config, splits["train"].num_real, image_dir)
     print_setup(config, model, splits, image_dir, len(skipped) + len(bad), device, dtype)
     with distributed.main_process_first():  # the other processes wait until an earlier run's folder is renamed
         if config.resume == "no":
@@ -155,7 +155,8 @@ def main(config, preset):
         raise UserError(f"--batch-size {config.batch_size}: fewer than the {distributed.size()} processes of torchrun")
     if distributed.size() > 1 and config.gan == "joint":
         raise UserError("--gan joint: trains in one process; start it with python instead of torchrun")
-    reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if preset == "shapes" and not flickr8k_dir else ""
+    sample = preset == "shapes" and config.data_dir == SHAPES.data_dir
+    reason = f" (no Flickr8k in {', '.join(flickr8k.PLACES)})" if sample and not flickr8k_dir else ""
     print(f"preset {preset}{reason}", flush=True)
     gpus = torch.cuda.device_count()
     if gpus > 1 and distributed.size() == 1 and config.device in ("auto", "cuda") and config.gan == "none":

@@ -11,6 +11,7 @@ from utils.errors import UserError
 from utils.files import write_json
 
 MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
+MAX_CAPTIONS = 5000  # of them, as all are compared with each other
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
 MIN_WRONG = 10  # with fewer wrong pairs, all pairs that are not right count as wrong
 MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
@@ -129,6 +130,10 @@ def write_relevance(folder, I_v, T_q, image_of_text, seed=0):
     if len(I_v) < MIN_IMAGES:
         raise UserError(f"{len(I_v)} images with captions: a relevance floor needs {MIN_IMAGES} or more")
     order = np.random.default_rng(seed).permutation(len(I_v))[:MAX_IMAGES]
+    by_image = np.argsort(image_of_text, kind="stable")
+    number = np.arange(len(T_q)) - np.searchsorted(image_of_text[by_image], image_of_text[by_image])  # within an image
+    chosen = np.sort(by_image[number < MAX_CAPTIONS // len(order)])
+    T_q, image_of_text = T_q[chosen], image_of_text[chosen]
 
     def part(images):
         place = np.full(len(I_v), -1)

@@ -65,6 +65,11 @@ def parse_config(arguments):
     config = parse(GANConfig, "GAN.py", flags, PRESETS[preset])
     if config.resume or config.generate:
         config = parse(GANConfig, "GAN.py", flags, replace(load_gan(config.run_dir)["config"], run_dir=config.run_dir))
+    elif not named and config.run == PRESETS["shapes"].run and (config.data_dir or config.captions_path or config.image_path):
+        raise UserError(
+            "--data-dir, --captions-path, --image-path: without a preset the text encoder would be the drawn sample's; name a "
+            "run on your data with --run, or the preset shapes"
+        )
     check_run_dir(config.run_dir)
     for name in ["epochs", "generator_lr", "discriminator_lr"]:
         if getattr(config, name) <= 0:

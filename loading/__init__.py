@@ -6,5 +6,6 @@ names.py           names in a captions file to files in a folder
 official.py        Flickr8k's official split: recognise its images, and find its lists
 splits.py          which split an image is in, by lists, a column, Karpathy's JSON or a hash of its name
 tables.py          tables with quotation marks, or without where they should be
+tars.py            pictures and captions of tar files (WebDataset), also as img2dataset writes them
 trained.py         which pictures a run was trained on, recognised by their bytes
 """

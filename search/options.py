@@ -80,6 +80,8 @@ class Search:
             raise UserError("--minus, --weights and --explain: go with a text to look for")
         if self.classify and not self.image:
             raise UserError("--classify: needs the picture, --image FILE")
+        if len(dict.fromkeys(map(str.strip, self.classify))) == 1:
+            raise UserError(f'--classify "{self.classify[0]}": one class is always 100%; name two or more to choose from')
         if self.duplicates and not self.images:
             raise UserError("--duplicates: name the folder to look through with --images")
         if self.duplicates and (self.after or self.before or self.folder):

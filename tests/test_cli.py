@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from conftest import run_script
 
 import inference
 import main
@@ -12,6 +13,7 @@ from evaluation.options import TASKS, Leaks, read_task
 from experiments.lesson import Learn
 from generation import options as generation
 from search.options import Page, Search, read_search
+from training.data import fetch_data
 from training.shards import WriteShards
 from utils.cli import dataclass_flags, run_cli
 from utils.errors import UserError
@@ -105,6 +107,35 @@ def test_a_mistaken_preset_is_answered(arguments, message):
     assert message in str(raised.value)
 
 
+def test_own_data_without_a_preset_leave_an_earlier_run_where_it_is(sample, tmp_path):
+    (tmp_path / "runs" / "shapes").mkdir(parents=True)
+    (tmp_path / "runs" / "shapes" / "config.json").write_text("an earlier run")
+    for more in ([], ["--dry-run"], ["--resume", "auto", "--run-dir", "runs/new"]):
+        process = run_script("main.py", "--data-dir", sample, *more, cwd=tmp_path)
+        assert (process.returncode, process.stdout) == (2, "") and process.stderr.count("\n") == 1
+        assert all(f" {name}," in process.stderr for name in ("flickr8k", "linear", "fast", "best", "shapes", "gpt2", "paper"))
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["runs", "shapes", "config.json"]
+
+
+def test_own_captions_take_the_place_of_the_sample_which_is_not_drawn(sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    places = ["--captions-path", str(sample / "captions.txt"), "--image-path", str(sample / "Images")]
+    config = parse_config(["shapes", *places])[0]
+    assert config.data_dir == "" and fetch_data(config, None) == config and not list(tmp_path.iterdir())
+    assert parse_config(["shapes", "--data-dir", "Datasets/shapes", *places])[0].data_dir == "Datasets/shapes"
+
+
+def test_the_usual_data_need_no_preset(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in ([], ["--data-dir", "Datasets/shapes"], ["--epochs", "2"]):
+        assert parse_config(arguments)[1] == "shapes"
+    (tmp_path / "Datasets" / "flickr8k" / "Images").mkdir(parents=True)
+    for arguments in ([], ["--data-dir", "Datasets/flickr8k"]):
+        assert parse_config(arguments)[1] == "flickr8k"
+    with pytest.raises(UserError, match="--data-dir Datasets/shapes: name the preset"):
+        parse_config(["--data-dir", "Datasets/shapes"])
+
+
 def test_an_encoder_named_as_a_preset_is_no_late_preset():
     config, preset = parse_config(["shapes", "--text-encoder", "gpt2"], "shapes")
     assert (config.text_encoder, preset) == ("gpt2", "shapes")
@@ -113,6 +144,12 @@ def test_an_encoder_named_as_a_preset_is_no_late_preset():
 def test_words_without_quotes_are_asked_about():
     with pytest.raises(UserError, match='python inference.py "a red circle"'):
         inference.search(read_search(["a", "red", "circle"]))
+
+
+@pytest.mark.parametrize("classes", [["a dog"], ["a dog", "a dog "]])
+def test_one_class_is_nothing_to_choose_from(classes):
+    with pytest.raises(UserError, match='--classify "a dog": one class is always 100%; name two or more'):
+        Search(image="photo.jpg", classify=tuple(classes))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA is available")

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 
 from captions import image_positions, is_english, load_captions, load_generated, mentions_left_or_right
-from config import SHAPES, generated_per_batch, is_stream
+from config import SHAPES, AtMost, generated_per_batch, is_stream
 from dataset import CLIPDataset, PairSampler, RepeatingSampler, collate
 from Datasets import flickr8k, shapes
 from embedding import activation_features, image_features, text_features, token_ids
@@ -152,7 +152,6 @@ def load_splits(config, table, image_dir, model, bytes_to_come, stream=None):
         splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts, contents=hashes)
     if not stream:
         splits["train"].sources = images_sharing_caption(splits["train"], generated)
-    require_batch(config, splits["train"].num_real, image_dir)
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
     splits["val"].notes = notes
@@ -186,10 +185,30 @@ def real_per_batch(config):
     return config.batch_size - (generated_per_batch(config) if config.extra_data else 0)
 
 
-def require_batch(config, num_real, image_dir):
-    """Raises UserError where there are fewer real training images than a batch needs."""
-    if num_real < real_per_batch(config):
-        raise UserError(f"--batch-size {config.batch_size}: there are only {num_real} training images in {image_dir}; lower it")
+def fit_batch(config, num_real, place):
+    """The Config with a batch that so many real training images fill.
+
+    A batch size that nobody passed (`config.AtMost`) is lowered to the largest that fits, which is printed. place: of the
+    images. Raises UserError where none fits, or the one that was passed does not.
+    """
+    if fits_batch(config, num_real):
+        return replace(config, batch_size=int(config.batch_size))
+    lower = [size for size in range(config.batch_size - 1, 1, -1) if fits_batch(replace(config, batch_size=size), num_real)]
+    parts = f" in micro-batches of {config.micro_batch_size}" if config.micro_batch_size else ""
+    if not lower:
+        raise UserError(f"{place}: {num_real} training images are too few for any batch{parts}; add pictures")
+    if not isinstance(config.batch_size, AtMost):
+        raise UserError(f"--batch-size {config.batch_size}: there are only {num_real} training images in {place}; lower it")
+    print(f"batch size {lower[0]} instead of {config.batch_size}: the largest that {num_real:,} training images fill{parts}")
+    return replace(config, batch_size=lower[0])
+
+
+def fits_batch(config, num_real):
+    """Whether so many real training images fill a batch, which divides into micro-batches and has its generated pictures."""
+    size, count = config.batch_size, generated_per_batch(config)
+    generates = bool(config.extra_data) or config.gan == "joint"
+    divides = size % (config.micro_batch_size or 1) == 0 and size >= distributed.size()
+    return real_per_batch(config) <= num_real and divides and (not generates or 2 <= count < size)
 
 
 def images_sharing_caption(split, generated):

@@ -17,7 +17,7 @@ from embedding import IMAGE_BATCH, token_ids
 from encoders.stages import unfreeze_from
 from training import distributed
 from training.adapters import add_adapters
-from training.data import fetch_data, read_table, real_per_batch, require_batch
+from training.data import fetch_data, fit_batch, read_table, real_per_batch
 from training.feature_cache import activation_bytes
 from training.gradient_cache import frozen_batch_norm_statistics
 from training.optimization import parameter_groups
@@ -41,7 +41,7 @@ def print_plan(config, flickr8k_dir):
     dtype = pick_dtype(config.precision, device)
     with tempfile.TemporaryDirectory() as folder:
         table, image_dir = read_planned(config, flickr8k_dir, folder)
-        require_batch(config, num_images(table, "train"), image_dir)
+        config = fit_batch(config, num_images(table, "train"), image_dir)
         model = create_model(config, table["caption"][table["split"] == "train"])
         decoded = ["val"] if is_stream(config.data_dir) else ["train", "val"]
         used = table["image"][table["split"].isin(decoded)].unique()

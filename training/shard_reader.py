@@ -1,7 +1,7 @@
 """Read shards: tar files of pictures and captions (WebDataset), parquet files, or a data set of the Hugging Face hub.
 
-The library `datasets` reads one shard after another. `Shards` gives the records of any shard from any position on, and an
-`Index` says how many there are.
+`loading.tars` reads tar files, and the library `datasets` tables, one shard after another. `Shards` gives the records of any
+shard from any position on, and an `Index` says how many there are.
 """
 
 import contextlib
@@ -9,8 +9,6 @@ import json
 import re
 import tarfile
 from dataclasses import dataclass, field
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 
 import huggingface_hub
@@ -18,27 +16,13 @@ import huggingface_hub
 from config import HUB_PREFIX
 from encoders.hub import hub_answers
 from loading.columns import CAPTION_COLUMNS
+from loading.tars import Record, as_captions, read_tar
 from utils.cache import cache_key, file_stats
 from utils.errors import UserError
 from utils.files import expand, write_json
-from utils.formats import PICTURE_ENDINGS, RAW_ENDINGS
 
 MAX_CAPTIONS = 100_000  # from which a vocabulary is made
-PICTURES = [ending[1:] for ending in sorted(PICTURE_ENDINGS - RAW_ENDINGS)] + ["JPG", "JPEG", "PNG"]  # endings in a tar file
-
-
-@dataclass
-class Record:
-    """A picture of a shard. key: says where it is. picture: the bytes of its file. Either of the last two may be empty."""
-
-    key: str
-    picture: bytes
-    captions: list
-
-    @property
-    def problem(self):
-        """What is missing; empty where nothing is."""
-        return "" if self.picture and self.captions else f"{self.key}: no {'caption' if self.picture else 'picture'}"
+RULES = 2  # of what counts as a record and a caption; another number counts again
 
 
 @contextlib.contextmanager
@@ -59,19 +43,19 @@ class Shards:
     """
 
     def __init__(self, pattern, columns=("", ""), flag="--data-dir"):
-        import datasets  # takes more than a second, and only shards need it
-
         self.pattern, self.flag, self.files, self.columns = pattern, flag, [], columns
         self.tars = pattern.endswith(".tar")
-        datasets.disable_progress_bars()
         if not pattern.startswith(HUB_PREFIX):
             self.files = expand(pattern)
             missing = [path for path in self.files if not Path(path).is_file()]
             self.contents = file_stats(self.files)
             if missing or not self.files:
                 raise UserError(f"{flag} {pattern}: no such file{f' as {missing[0]}' if missing else 's'}; check the pattern")
+        if self.tars:
+            self.names = self.files
+            return
         try:
-            self.dataset = self.open_tars(datasets) if self.tars else self.open_tables(datasets, columns)
+            self.dataset = self.open_tables(columns)
         except (OSError, ValueError, RuntimeError) as error:
             reason = str(error).strip().split("\n")[0][:160]
             raise UserError(f"{flag} {pattern}: cannot be read ({type(error).__name__}: {reason})") from None
@@ -81,16 +65,13 @@ class Shards:
     @property
     def key(self):
         """A cache key of what they hold."""
-        return cache_key(self.pattern, self.columns, self.contents)
+        return cache_key(RULES, self.pattern, self.columns, self.contents)
 
-    def open_tars(self, datasets):
-        pictures = {ending: datasets.Image(decode=False) for ending in PICTURES}
-        texts = {"txt": datasets.Value("string"), "json": datasets.Json(), "__key__": datasets.Value("string")}
-        features = datasets.Features(pictures | texts)
-        return datasets.load_dataset("webdataset", data_files=self.files, split="train", streaming=True, features=features)
-
-    def open_tables(self, datasets, columns):
+    def open_tables(self, columns):
         """A table's row groups are its shards."""
+        import datasets  # takes more than a second, and only tables need it
+
+        datasets.disable_progress_bars()
         if self.files:
             dataset = datasets.load_dataset("parquet", data_files=self.files, split="train", streaming=True)
         else:
@@ -118,31 +99,37 @@ class Shards:
     def read(self, shard, start=0):
         """Yields the `Record`s of a shard. Raises UserError where it is damaged."""
         with damage_named(self.names[shard]):
+            if self.tars:
+                yield from read_tar(self.names[shard], self.columns, start)
+                return
             for number, row in enumerate(self.dataset.shard(self.dataset.num_shards, shard).skip(start), start=start):
-                yield tar_record(row, self.names[shard]) if self.tars else self.table_record(row, shard, number)
+                yield self.table_record(row, shard, number)
 
     def table_record(self, row, shard, number):
         picture = row[self.picture]
         if isinstance(picture, dict):
-            picture = picture["bytes"] or (Path(picture["path"]).read_bytes() if picture["path"] else b"")
+            path = picture.get("path") or ""
+            picture = picture["bytes"] or (Path(path).read_bytes() if path and Path(path).is_file() else b"")
         captions = [caption for column in self.captions for caption in as_captions(row[column])]
         return Record(f"{self.names[shard]}, row {number}", picture or b"", captions)
 
 
 def find_columns(features, columns, where):
-    """(picture column, [caption columns]) of a table. columns: as of `Shards`. Raises UserError where there are none."""
-    import datasets
+    """(picture column, [caption columns]) of a table. columns: as of `Shards`. Raises UserError where there are none.
 
+    Capitals in names do not count, unless two columns differ in nothing else.
+    """
     picture, caption = columns
-    pictures = [picture] if picture else [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
-    pictures = pictures or [name for name in ("image", "jpg", "png", "picture") if name in features]
-    captions = [caption] if caption else [name for name in (*CAPTION_COLUMNS, "captions", "sentences") if name in features][:1]
-    captions = captions or sorted(name for name in features if re.fullmatch(r"captions?_?\d+", name))
+    pictures = named(features, picture) if picture else [name for name, kind in features.items() if holds_files(kind)]
+    pictures = pictures or named(features, *(() if picture else ("image", "jpg", "png", "picture")))
+    captions = named(features, *([caption] if caption else (*CAPTION_COLUMNS, "captions", "sentences")))[:1]
+    if not (captions or caption):
+        captions = sorted(name for name in features if re.fullmatch(r"captions?_?\d+", name, re.IGNORECASE))
     for flag, names in (("--image-column", pictures), ("--caption-column", captions)):
-        if not names or names[0] not in features:
+        if not names:
             raise UserError(f"{where}: no such column; name it with {flag}: there are {', '.join(features) or 'none'}")
     kind = features[pictures[0]]
-    if not isinstance(kind, datasets.Image) and getattr(kind, "dtype", "") not in ("binary", "large_binary"):
+    if not holds_files(kind) and getattr(kind, "dtype", "") not in ("binary", "large_binary"):
         raise UserError(f"{where}: the column {pictures[0]} holds no pictures ({kind}); name another with --image-column")
     for name in captions:
         kind = getattr(features[name], "feature", features[name])  # of a list
@@ -151,25 +138,20 @@ def find_columns(features, columns, where):
     return pictures[0], captions
 
 
-def tar_record(row, shard):
-    """The Record of one key of a tar file: KEY.jpg with KEY.txt, a caption in each line, or KEY.json with "caption"."""
-    picture = next((row[ending]["bytes"] for ending in PICTURES if row[ending]), b"")
-    captions = (row["txt"] or "").splitlines()
-    if row["json"]:
-        values = json.loads(row["json"]) if isinstance(row["json"], str) else row["json"]
-        named = (
-            [values[name] for name in (*CAPTION_COLUMNS, "captions") if name in values]
-            if isinstance(values, dict)
-            else [values]
-        )
-        captions += [caption for value in named for caption in as_captions(value)]
-    return Record(f"{shard}: {row['__key__']}", picture, list(filter(None, map(str.strip, captions))))
+def named(features, *names):
+    """The columns with these names, in this order: as they are, else with other capitals or spaces around them."""
+    plain = {column.strip().lower(): column for column in reversed(features)}
+    found = [name if name in features else plain.get(name.strip().lower()) for name in names]
+    return list(filter(None, found))
 
 
-def as_captions(value):
-    """A caption, or a list of them, as a list without empty ones."""
-    values = value if isinstance(value, list) else [value]
-    return [caption.strip() for caption in values if isinstance(caption, str) and caption.strip()]
+def holds_files(kind):
+    """Whether a column's type is that of pictures, {bytes, path}; pandas writes these two fields alone."""
+    import datasets
+
+    fields = kind if isinstance(kind, dict) else {}
+    is_bytes = getattr(fields.get("bytes"), "dtype", "") in ("binary", "large_binary")
+    return isinstance(kind, datasets.Image) or is_bytes
 
 
 # ---- the index ---------------------------------------------------------------------------------------------------
@@ -205,8 +187,7 @@ def count_tars(shards):
     index = Index([])
     for path in shards.files:
         try:
-            with tarfile.open(path) as archive:
-                records = list(tar_records(archive, path))
+            records = list(read_tar(path, shards.columns, pictures=False))
         except (OSError, tarfile.TarError, ValueError, AttributeError) as error:
             index.problems.append(f"{path}: damaged, all its pictures are left out ({error})")
             index.counts.append(0)
@@ -222,37 +203,18 @@ def count_tars(shards):
     return index
 
 
-def tar_records(archive, path):
-    """Yields a Record for each run of files with one key, as `datasets` reads them; a picture's bytes stand for all of them."""
-    for key, members in groupby(filter(None, map(tar_member, archive)), key=itemgetter(0)):
-        picture, captions = b"", []
-        for _, ending, member in members:
-            if ending in PICTURES:
-                picture = b"a picture"
-            elif ending in ("txt", "json"):
-                row = dict.fromkeys([*PICTURES, "txt", "json"]) | {"__key__": key}
-                captions += tar_record(row | {ending: archive.extractfile(member).read().decode()}, path).captions
-        yield Record(f"{path}: {key}", picture, captions)
-
-
-def tar_member(member):
-    """(key, ending, member) of a file KEY.ENDING in a tar file; None for what `datasets` does not read."""
-    name = re.match(r"((?:.*/)?[^./]+)\.([^/]*)$", member.name) if member.isfile() else None
-    hidden = member.name.rpartition("/")[2].startswith(("__", "."))
-    return (*name.groups(), member) if name and not hidden else None
-
-
 def count_tables(shards):
-    """The Index of a table's parts. Pictures are not read where the format allows that."""
-    index, rows = Index([]), shards.dataset.select_columns(shards.captions)
+    """The Index of a table's parts. Pictures are looked at, but not those that would have to be downloaded for it."""
+    index, is_local = Index([]), not isinstance(shards.contents, str)
+    rows = shards.dataset if is_local else shards.dataset.select_columns(shards.captions)
     for shard in range(len(shards.names)):
         count = 0
         with damage_named(shards.names[shard]):
             for row in rows.shard(len(shards.names), shard):
-                captions = [caption for column in shards.captions for caption in as_captions(row[column])]
-                index.problems += [] if captions else [f"{shards.names[shard]}, row {count}: no caption"]
+                record = shards.table_record(row if is_local else {shards.picture: b"a picture"} | row, shard, count)
+                index.problems += filter(None, [record.problem])
                 count += 1
-                index.num_captions += len(captions)
-                index.captions += captions[: MAX_CAPTIONS - len(index.captions)]
+                index.num_captions += len(record.captions)
+                index.captions += record.captions[: MAX_CAPTIONS - len(index.captions)]
         index.counts.append(count)
     return index

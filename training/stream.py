@@ -52,7 +52,11 @@ class Stream:
     def num_images(self):
         return sum(self.index.counts)
 
-    num_real = num_images
+    @property
+    def num_real(self):
+        """How many pictures a batch can have: each process takes its share of a batch from shards of its own."""
+        shards = shards_of_ranks(self.index.counts, distributed.size())
+        return distributed.size() * min(sum(self.index.counts[shard] for shard in own) for own in shards)
 
     @property
     def num_captions(self):
@@ -270,7 +274,9 @@ def validation_table(config):
     """
     folder = config.val_data
     if is_stream(folder):
-        folder = unpack(Shards(folder, (config.image_column, config.caption_column), "--val-data"), config)
+        alike = folder.endswith(".tar") == config.data_dir.endswith(".tar")  # else the columns are those of the other kind
+        columns = (config.image_column, config.caption_column) if alike else ("", "")
+        folder = unpack(Shards(folder, columns, "--val-data"), config)
     table, image_dir, skipped = load_captions(folder, skip_bad=config.skip_bad)
     unlisted = (table["split"] == table["image"].map(hashed_split)).all()
     table = table if unlisted else table[table["split"] == "val"].reset_index(drop=True)

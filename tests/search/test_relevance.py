@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+import evaluation.relevance
 import inference
 from evaluation.relevance import fit_relevance, label_pairs, measure_relevance, write_relevance
 from search import relevance
@@ -36,6 +37,24 @@ def test_pairs_are_labelled_and_pictures_that_show_the_same_are_left_out():
     assert right.tolist() == [[True, False, False]] * 2 + [[False, True, False]] * 2 + [[False, False, True]] * 2
     # The middle cosine of two captions of an image is 0.95, and images 0 and 1 have captions that are as near.
     assert wrong.tolist() == [[False, False, True]] * 4 + [[True, True, False]] * 2
+
+
+def test_many_captions_are_sampled_evenly_over_the_images(tmp_path, monkeypatch):
+    """All captions are compared with each other: 12,000 would take 0.6 GB, 40,000 more than 6."""
+    learned = []
+
+    def fit(I_v, T_q, image_of_text):
+        learned.append(image_of_text)
+        return fit_relevance(I_v, T_q, image_of_text)
+
+    monkeypatch.setattr(evaluation.relevance, "fit_relevance", fit)
+    I_e, T_e, image_of_text = made_pairs(40, 0)
+    rows = np.repeat(np.arange(80), 150)  # 300 captions of each image
+    write_relevance(tmp_path, I_e, T_e[rows], image_of_text[rows])
+    assert [np.bincount(images).tolist() for images in learned] == [[125] * 20, [125] * 40]
+    rows = np.concatenate([np.zeros(6000, dtype=int), np.arange(2, 80)])  # nearly all are of one image
+    write_relevance(tmp_path, I_e, T_e[rows], image_of_text[rows])
+    assert sorted(np.bincount(learned[-1])) == [2] * 39 + [125]
 
 
 def test_the_floor_holds_what_it_promises_on_pictures_it_has_not_seen():

@@ -10,9 +10,9 @@ import torch
 import main
 import training.plan
 from clip import create_model
-from config import parse_config
+from config import load_run, parse_config
 from Datasets import shapes
-from training.data import read_table
+from training.data import fit_batch, read_table
 from training.plan import describe_disk, describe_steps, freeze, output_bytes, print_plan, step_bytes, trained_parameters
 from training.state import create_state
 from utils.errors import UserError
@@ -70,6 +70,57 @@ def test_the_parameters_that_train_are_those_of_the_optimizer(sample, tmp_path):
 def test_a_batch_that_the_data_cannot_fill_is_refused_as_in_a_run(sample, tmp_path):
     with pytest.raises(UserError, match="--batch-size 97: there are only 96 training images"):
         print_plan(config_of(sample, tmp_path, "--batch-size", 97), None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_real", "size"),
+    [
+        (["shapes"], 96, 96),  # 128 is the preset's
+        (["shapes"], 128, 128),
+        (["fast"], 999, 999),  # 1000 is the default of frozen encoders
+        (["fast"], 6000, 1000),
+        (["shapes", "--micro-batch-size", "20"], 96, 80),
+        (["shapes", "--micro-batch-size", "48"], 6000, 96),
+        (["shapes", "--extra-data", "more"], 60, 80),  # of which 20 are generated
+        (["shapes", "--gan", "joint"], 60, 60),
+        (["shapes", "--batch-size", "32"], 96, 32),
+    ],
+)
+def test_a_batch_size_that_nobody_passed_fits_the_data(arguments, num_real, size, capsys):
+    given = parse_config(arguments)[0]
+    config = fit_batch(given, num_real, "here")
+    assert config.batch_size == size and type(config.batch_size) is int
+    line = f"batch size {size} instead of {given.batch_size}: the largest that {num_real:,} training images fill"
+    assert capsys.readouterr().out.startswith(line) == (size != given.batch_size)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "num_real", "message"),
+    [
+        (["shapes", "--batch-size", "128"], 96, "--batch-size 128: there are only 96 training images in here; lower it"),
+        (["shapes", "--batch_size=128"], 96, "--batch-size 128: there are only 96 training images in here; lower it"),
+        (
+            ["shapes", "--micro-batch-size", "64"],
+            40,
+            "here: 40 training images are too few for any batch in micro-batches of 64",
+        ),
+        (["fast"], 1, "here: 1 training images are too few for any batch; add pictures"),
+    ],
+)
+def test_a_batch_that_cannot_be_filled_is_refused(arguments, num_real, message):
+    with pytest.raises(UserError, match=message):
+        fit_batch(parse_config(arguments)[0], num_real, "here")
+
+
+def test_a_run_on_few_pictures_needs_no_batch_size_and_is_resumed_with_its_own(sample, tmp_path, capsys):
+    places = ["--data-dir", str(sample), "--run-dir", str(tmp_path / "run"), "--cache-dir", str(tmp_path / "cache")]
+    flags = ["shapes", *places, "--text-layers", "1", "--device", "cpu"]
+    assert plan(capsys, parse_config([*flags, "--epochs", "1"])[0])["steps"] == "1 epochs of 1 steps of 96 images"
+    main.train(parse_config([*flags, "--epochs", "1"])[0])
+    assert capsys.readouterr().out.count("batch size 96 instead of 128: the largest that 96 training images fill\n") == 1
+    assert load_run(tmp_path / "run")["config"].batch_size == 96
+    main.train(parse_config([*flags, "--epochs", "2", "--resume"])[0])
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 2 and "batch size" not in capsys.readouterr().out
 
 
 def test_heads_first_is_planned_as_a_stage_of_its_own():

@@ -24,6 +24,7 @@ from captions import load_captions
 from config import parse_config
 from training import distributed, shard_reader, stream
 from training.checkpoint import read_checkpoint, write_checkpoint
+from training.data import fit_batch
 from training.plan import print_plan
 from training.shard_reader import Shards, load_index
 from training.shards import WriteShards, shard_picture
@@ -155,6 +156,71 @@ def test_tars_of_other_writers_are_read(tmp_path):
     assert sorted(index.captions) == sorted(caption for each in captions for caption in each)
 
 
+CAPTION = "A dog runs .\nBuy prints here !\n\nMore below"
+ONE_LINE = "A dog runs . Buy prints here ! More below"
+SEVERAL = json.dumps({"comment": "nice!", "text": "see alt", "caption": "a dog", "description": "shot in Rome"}).encode()
+TARS = {  # members of a tar file: the captions of each picture
+    "img2dataset": (
+        {
+            "0.jpg": png(),
+            "0.json": json.dumps({"caption": CAPTION, "url": "u", "key": "0"}).encode(),
+            "0.txt": CAPTION.encode(),
+        },
+        [[ONE_LINE]],
+    ),
+    "line breaks in JSON": ({"0.jpg": png(), "0.json": json.dumps({"caption": CAPTION}).encode()}, [[ONE_LINE]]),
+    "one name of a JSON": ({"0.jpg": png(), "0.json": SEVERAL}, [["a dog"]]),
+    "keys with dots": (
+        {f"x/IMG.000{i}.{end}": data for i in range(2) for end, data in (("jpg", png(i)), ("txt", f"a {i}".encode()))},
+        [["a 0"], ["a 1"]],
+    ),
+    "fields with dots": ({"v1.0/0.input.jpg": png(), "v1.0/0.outputs.txt": b"a 0"}, [["a 0"]]),
+    "capitals": (
+        {"0.Jpg": png(), "0.TXT": b"a 0", "1.WEBP": png(), "1.Txt": b"a 1", "2.JPEG": png(), "2.Json": b'"a 2"'},
+        [["a 0"], ["a 1"], ["a 2"]],
+    ),
+    "cp1252": ({"0.jpg": png(), "0.txt": "ein Bär".encode("cp1252"), "1.jpg": png(), "1.txt": b"a 1"}, [["ein Bär"], ["a 1"]]),
+    "a byte order mark": ({"0.jpg": png(), "0.txt": b"\xef\xbb\xbfa 0"}, [["a 0"]]),
+    "numbered": ({"0.jpg": png(), "0.json": b'{"caption_0": "a", "caption_1": "b"}'}, [["a", "b"]]),
+}
+
+
+@pytest.mark.parametrize("kind", TARS)
+def test_tars_are_read_as_their_writers_meant(kind, tmp_path):
+    members, expected = TARS[kind]
+    shards = Shards(write_tar(tmp_path / "a.tar", members.items()))
+    index = load_index(shards, tmp_path / "cache")
+    assert [record.captions for record in shards.read(0)] == expected and all(record.picture for record in shards.read(0))
+    assert (index.counts, index.problems) == ([len(expected)], []) and index.captions == sum(expected, [])
+    assert [record.captions for record in shards.read(0, 1)] == expected[1:]
+
+
+def test_the_caption_of_a_tar_can_be_named(tmp_path):
+    path = write_tar(tmp_path / "a.tar", [("0.jpg", png()), ("0.json", SEVERAL), ("0.txt", b"a dog")])
+    for column, expected in (("description", ["shot in Rome"]), ("txt", ["a dog"]), ("title", [])):
+        assert [record.captions for record in Shards(path, ("", column)).read(0)] == [expected]
+    (problem,) = load_index(Shards(path, ("", "title")), tmp_path / "cache").problems
+    assert problem == f"{path}: 0: no caption"
+
+
+def test_a_text_that_cannot_be_read_costs_its_own_picture(tmp_path):
+    members = [
+        ("0.jpg", png()),
+        ("0.json", b"{a"),
+        ("1.jpg", png()),
+        ("1.txt", b"a 1"),
+        ("2.jpg", png()),
+        ("2.txt", b"\x81\xff"),
+    ]
+    shards = Shards(write_tar(tmp_path / "a.tar", members))
+    index = load_index(shards, tmp_path / "cache")
+    assert index.counts == [3] and index.captions == ["a 1"]
+    assert [problem.partition(".tar: ")[2] for problem in index.problems] == [
+        "0: its json file is not JSON",
+        "2: its txt file is not UTF-8; save it as UTF-8",
+    ]
+
+
 def test_tars_are_counted_as_they_are_read(tmp_path, config_of):
     members = [(f"{i}.{ending}", png(i) if ending == "png" else b"a star") for ending in ("png", "txt") for i in range(3)]
     hidden = [("__index.json", b"{}"), (".x.png", png()), ("no ending", b""), ("8.png", png(8)), ("8.json", b'["a star"]')]
@@ -232,6 +298,16 @@ def test_processes_have_shards_of_their_own(config_of, model, monkeypatch, size)
     shards_of = [{i // 20 for i in numbers} for numbers in found]
     assert all(a.isdisjoint(b) for i, a in enumerate(shards_of) for b in shards_of[:i])
     assert len({i for numbers in found for i in numbers}) == sum(map(len, found)) == 10 * steps.pop()
+
+
+def test_a_batch_that_nobody_asked_for_fits_the_shards_of_each_process(written, monkeypatch):
+    flags = ["shapes", "--data-dir", f"{written}/train-*.tar", "--val-data", f"{written}/val-*.tar"]
+    config, index = parse_config(flags)[0], load_index(Shards(flags[2]), written / "cache")
+    for size, expected in ((1, 96), (2, 80), (4, 80)):  # four processes have 20 pictures each at least, two have 40
+        monkeypatch.setattr(distributed, "size", lambda size=size: size)
+        opened = stream.Stream(None, index)
+        fitted = fit_batch(config, opened.num_real, "there")
+        assert fitted.batch_size == expected and stream.StreamSampler(opened, fitted).steps == 1
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -380,6 +456,46 @@ def test_numbered_caption_columns_belong_together(tmp_path):
     columns = {"image": PICTURES, **{f"caption_{k}": [f"{i} {k}" for i in range(20)] for k in range(3)}}
     write_parquet(tmp_path / "a.parquet", columns, image=datasets.Image(), **{f"caption_{k}": TEXT for k in range(3)})
     assert next(Shards(f"{tmp_path}/a.parquet").read(0, 4)).captions == ["4 0", "4 1", "4 2"]
+
+
+@pytest.mark.parametrize(
+    ("picture", "caption"), [("image", "caption"), ("Image", "Caption"), ("photo", "TEXT "), ("PNG", "Caption_0")]
+)
+def test_a_table_that_pandas_wrote_again_is_read(picture, caption, tmp_path):
+    columns = {picture: PICTURES, caption: [f"{i} a" for i in range(20)]}
+    write_parquet(tmp_path / "a.parquet", columns, **{picture: datasets.Image(), caption: TEXT})
+    pd.read_parquet(tmp_path / "a.parquet").to_parquet(tmp_path / "again.parquet")
+    for name, given in (("a", ("", "")), ("again", ("", "")), ("again", (picture, caption.strip().lower()))):
+        shards = Shards(f"{tmp_path}/{name}.parquet", given)
+        found = [record for shard in range(len(shards.names)) for record in shards.read(shard)]
+        assert [(r.picture, r.captions) for r in found] == [(p["bytes"], [f"{i} a"]) for i, p in enumerate(PICTURES)]
+        assert load_index(shards, tmp_path / "cache").problems == []
+
+
+def test_columns_of_a_table_are_not_looked_for_in_validation_tars(config_of, tmp_path):
+    write_parquet(tmp_path / "a.parquet", {"scan": PICTURES, "remark": ["a"] * 20}, scan=datasets.Image(), remark=TEXT)
+    tar = write_tar(tmp_path / "val.tar", [("0.png", png()), ("0.json", b'{"caption": "a star"}')])
+    config = config_of(f"{tmp_path}/a.parquet", image_column="scan", caption_column="remark")
+    config = replace(config, val_data=tar)
+    assert open_stream(config).captions[0] == "a" and list(stream.validation_table(config)[0]["caption"]) == ["a star"]
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["datasets", "pandas"])
+def test_rows_without_a_picture_are_named_before_training_and_listed(again, config_of, tmp_path):
+    path = tmp_path / "a.parquet"
+    lost = {4: None, 9: {"bytes": b"", "path": None}, 13: {"bytes": None, "path": f"{tmp_path}/gone.jpg"}}
+    pictures = [lost.get(i, picture) for i, picture in enumerate(PICTURES)]
+    captions = [None if i == 17 else "a red circle" for i in range(20)]
+    write_parquet(path, {"image": pictures, "caption": captions}, image=datasets.Image(), caption=TEXT)
+    if again:
+        pd.read_parquet(path).to_parquet(path)
+    config = config_of(str(path), batch_size=8, epochs=1, text_layers=1)
+    with pytest.raises(UserError, match="row 4: no picture; .*and 1 more; fix or remove it, or pass --skip-bad"):
+        main.train(config)
+    assert not (tmp_path / "run").exists()
+    main.train(replace(config, skip_bad=True))
+    lines = (tmp_path / "run" / "skipped.txt").read_text().splitlines()
+    assert [line.rpartition(": ")[2] for line in lines] == ["no picture"] * 3 + ["no caption"]
 
 
 def test_a_run_is_trained_on_a_table(config_of, written, tmp_path):
