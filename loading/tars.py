@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby, islice
 from operator import itemgetter
 
-from captions import CAPTION_COLUMNS
+from loading.columns import CAPTION_COLUMNS
 from utils.formats import PICTURE_ENDINGS, RAW_ENDINGS
 
 PICTURES = {ending[1:] for ending in PICTURE_ENDINGS - RAW_ENDINGS}
