@@ -1,13 +1,18 @@
 """Cut an image encoder at one of its stages, and take features from several stages.
 
 The layers below the cut, the trunk, are frozen: they run once per crop and their outputs, the activations, are cached. Hooks
-are used because timm's `forward_intermediates` cannot continue from a stage's output, and not every model has it.
+are used because timm's `forward_intermediates` cannot continue from a stage's output, and not every model has it. They hang on
+the model, so another thread's forward pass would call them, too: passes with hooks take turns.
 """
+
+import threading
 
 import torch
 from torch import nn
 
 from utils.errors import UserError
+
+HOOKED = threading.RLock()  # held during a forward pass with hooks; one for all models, as a model is copied and locks cannot be
 
 
 class StopForward(Exception):
@@ -32,15 +37,16 @@ def multi_stage_features(backbone, stages, image):
     if not stages:
         return backbone(image)
     outputs = []
-    hooks = [
-        backbone.get_submodule(stage).register_forward_hook(lambda module, inputs, output: outputs.append(output))
-        for stage in stages
-    ]
-    try:
-        features = backbone(image)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with HOOKED:
+        hooks = [
+            backbone.get_submodule(stage).register_forward_hook(lambda module, inputs, output: outputs.append(output))
+            for stage in stages
+        ]
+        try:
+            features = backbone(image)
+        finally:
+            for hook in hooks:
+                hook.remove()
     channels_last = getattr(backbone, "output_fmt", "NCHW") == "NHWC"
     positions = {4: (1, 2) if channels_last else (2, 3), 3: (1,)}  # dimensions to average: height and width, or tokens
     return torch.cat([features, *(output.mean(dim=positions[output.ndim]) for output in outputs)], dim=1)
@@ -70,13 +76,14 @@ def run_trunk(encoder, image):
     def stop(module, inputs):
         raise StopForward(inputs[0])
 
-    hook = encoder.backbone.get_submodule(encoder.stage).register_forward_pre_hook(stop)
-    try:
-        encoder.backbone(encoder.normalize(image))
-    except StopForward as stopped:
-        return stopped.args[0]
-    finally:
-        hook.remove()
+    with HOOKED:
+        hook = encoder.backbone.get_submodule(encoder.stage).register_forward_pre_hook(stop)
+        try:
+            encoder.backbone(encoder.normalize(image))
+        except StopForward as stopped:
+            return stopped.args[0]
+        finally:
+            hook.remove()
 
 
 def run_from_stage(encoder, activations):
@@ -85,12 +92,13 @@ def run_from_stage(encoder, activations):
         activations = activations.to(encoder.mean.dtype)  # they are cached in 16 bits
     # The model runs on one grey image; at the stage its activations are replaced.
     stage = encoder.backbone.get_submodule(encoder.stage)
-    hook = stage.register_forward_pre_hook(lambda module, inputs: (activations, *inputs[1:]))
-    try:
-        grey = torch.zeros(1, 3, encoder.size, encoder.size, device=activations.device)
-        return multi_stage_features(encoder.backbone, encoder.feature_stages, grey)
-    finally:
-        hook.remove()
+    with HOOKED:
+        hook = stage.register_forward_pre_hook(lambda module, inputs: (activations, *inputs[1:]))
+        try:
+            grey = torch.zeros(1, 3, encoder.size, encoder.size, device=activations.device)
+            return multi_stage_features(encoder.backbone, encoder.feature_stages, grey)
+        finally:
+            hook.remove()
 
 
 def unfreeze_from(encoder, stage):
