@@ -12,7 +12,7 @@ from torch import nn
 
 from utils.errors import UserError
 
-HOOKED = threading.RLock()  # held during a forward pass with hooks; one for all models, as a model is copied and locks cannot be
+HOOKED = threading.RLock()  # held during a forward pass with hooks; one for all, as models are copied and locks cannot be
 
 
 class StopForward(Exception):
