@@ -146,21 +146,20 @@ def answer_text(searcher, options):
 
 
 def show_matches(title, matches, more):
-    """Prints the matches that are above the floor or, where none is, the best guess. Returns {"query", "matches"}.
+    """Prints the matches or, with --floor, those above it and, where none is, the best guess. Returns {"query", "matches"}.
 
     matches: a list of `Match`, best first. more: as for `Search`.
     """
     relevant = [match for match in matches if match.relevant]
     answer = {"query": title, "matches": [match.record() for match in relevant]}
     if matches and not relevant and not more:
-        print(f"{title!r}: nothing here matches (best guess below)")
+        print(f"{title!r}: nothing here is above --floor (best guess below)")
         print_matches(matches[:1])
-        print("--floor 0 shows all")
         return answer | {"best_guess": matches[0].record()}
-    print(f"{title!r}:" if relevant else f"{title!r}: no more pictures match")
+    print(f"{title!r}:" if relevant else f"{title!r}: no more pictures")
     print_matches(relevant)
     if relevant and len(relevant) < len(matches):
-        print(f"{len(relevant)} of the best {len(matches)} are above the relevance floor; --floor 0 shows all")
+        print(f"{len(relevant)} of the best {len(matches)} are above --floor")
     return answer
 
 

@@ -9,7 +9,7 @@ from utils.cli import POSITIONAL, run_cli
 from utils.errors import UserError
 from utils.files import require_own_results
 
-WRONG_SHARE = 0.001  # default share of wrong pictures above the floor
+WRONG_SHARE = 0.001  # of wrong pictures above the floor whose figures are reported
 SEARCH_EXAMPLES = (
     'python inference.py "a dog runs on the beach" --images ~/Pictures',
     'python inference.py "a dog" --images ~/Pictures --after 2021-06 --folder "Italy/*"',
@@ -42,7 +42,7 @@ class Search:
     # What to show
     n: int = 9  # pictures to find
     more: int = 0  # 1: the next n pictures, 2: those after them, and so on
-    floor: float = WRONG_SHARE  # share of wrong pictures that may pass: smaller is stricter; 0 shows everything
+    floor: float = 0.0  # leave out pictures below the score that this share of wrong ones reaches, as 0.001; 0: none
     explain: bool = False  # draw a heat map over each picture: which parts match the text
     output: str = "matches.png"  # PNG of the matches or duplicates
     json: str = ""  # file for the results
@@ -63,7 +63,7 @@ class Search:
         if self.n < 1 or self.more < 0:
             raise UserError(f"--n {self.n}, --more {self.more}: must be at least 1 and at least 0")
         if not 0 <= self.floor < 1:
-            raise UserError(f"--floor {self.floor}: is a share of wrong pictures, from 0 (show everything) to below 1")
+            raise UserError(f"--floor {self.floor}: is a share of wrong pictures, from 0 (leave out none) to below 1")
         num_queries = bool(self.query or self.similar_to) + bool(self.query_file) + bool(self.image)
         num_tasks = self.duplicates + bool(self.map) + self.embed_only + bool(self.export)
         if num_tasks and num_queries or num_tasks > 1:

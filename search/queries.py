@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.index import top_k
-from search.options import WRONG_SHARE
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -152,10 +151,10 @@ class Match:
         return f"{self.score:7.3f}" if self.probability is None else f"{100 * self.probability:6.1f}%"
 
 
-def judge(matches, embedding, relevance, wrong_share=WRONG_SHARE):
+def judge(matches, embedding, relevance, wrong_share=0.0):
     """[(filename, score)] of a text's query, (d_e + 1,) -> a list of `Match`.
 
-    relevance: a `search.relevance.Relevance`, or None. wrong_share: of the wrong pictures, that may get over the floor; 0: all.
+    relevance: a `search.relevance.Relevance`, or None. wrong_share: that may get over the floor; 0: none is left out.
     """
     if relevance is None:
         return [Match(name, score) for name, score in matches]

@@ -21,7 +21,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from search.gallery import Filters
-from search.options import WRONG_SHARE
 from search.queries import best_captions, best_matches, blend, classify_embedding, embed_query, judge
 from utils.errors import UserError
 from utils.files import read_bytes
@@ -90,8 +89,7 @@ class Page:
         embedding, page = blend(gallery, embeddings), number(value, "page")
         found = best_matches(gallery, embedding, range(len(gallery.rows)), NUM_SHOWN, page * NUM_SHOWN)
         relevance = self.searcher.relevance if len(embeddings) == 1 and text else None
-        floor = 0 if value.get("floor") == "0" else WRONG_SHARE
-        matches = judge(found, embedding, relevance, floor)
+        matches = judge(found, embedding, relevance)
         records = [self.record(gallery, match) for match in matches]
         return JSONResponse({"matches": [r for r in records if r], "more": len(found) == NUM_SHOWN, "of": len(gallery.rows)})
 
@@ -101,7 +99,7 @@ class Page:
         if path is None:
             return None
         key, name = gallery.key_of(match.filename), self.below_folder(path)
-        return {"key": key, "name": name, "label": match.label().strip(), "relevant": match.relevant}
+        return {"key": key, "name": name, "label": match.label().strip()}
 
     def below_folder(self, path):
         folder = Path(self.live.folder).absolute() if self.live.folder else None

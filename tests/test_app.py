@@ -129,16 +129,10 @@ def find(page, text):
     page.get_by_role("button", name="Search", exact=True).first.click()
 
 
-def show_all(page):
-    page.get_by_role("button", name="Show all").click()
-    page.locator("#grid .tile").nth(server.NUM_SHOWN - 1).wait_for()
-
-
 def test_words_find_pictures_and_scrolling_finds_more(page):
     find(page, "a red circle")
     page.locator("#grid .tile").first.wait_for()
     look(page, "words")
-    show_all(page)
     page.locator("#grid .tile").last.scroll_into_view_if_needed()
     page.locator("#grid .tile").nth(server.NUM_SHOWN).wait_for()  # came by scrolling
     assert page.locator("#grid .tile img").first.get_attribute("alt").endswith(".png")
@@ -189,7 +183,6 @@ def test_a_picture_opens_large_and_finds_others_like_it(page, site):
 def test_it_is_driven_by_keys(page):
     page.keyboard.press("Escape")
     find(page, "a star")
-    show_all(page)
     page.get_by_label("What the pictures show").press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
@@ -265,7 +258,7 @@ def test_results_appear_while_embedding_and_follow_the_folder(run, sample, tmp_p
         wait_until(lambda: live.gallery and len(live.gallery.paths) == 10)
         status = ask(address, "/api/status")[1]
         assert (status["pictures"], status["total"], status["working"]) == (10, 20, True)
-        assert len(ask(address, "/api/search", q="a star", floor=0)[1]["matches"]) == 10
+        assert len(ask(address, "/api/search", q="a star")[1]["matches"]) == 10
         go_on.set()
         wait_until(lambda: len(live.gallery.paths) == 20 and live.captions[1] is not None)
         shutil.copy(sample / "Images" / names[20], tmp_path / "pictures")
@@ -287,7 +280,7 @@ def test_nothing_outside_the_gallery_is_reached(site, run, pictures):
         for route in ("/picture/", "/api/picture/", "/heat/", "/static/", "/static/..%2f", "/run/", "/run/..%2f"):
             status, contents = get(site, route + urllib.parse.quote(path, safe=""))
             assert status in (400, 404, 405) and b"root:" not in contents, route + path
-    key = ask(site, "/api/search", q="a star", floor=0)[1]["matches"][0]["key"]
+    key = ask(site, "/api/search", q="a star")[1]["matches"][0]["key"]
     assert get(site, f"/picture/{key}")[0] == 200
     generation = key.partition("-")[0]
     for other in (
@@ -328,7 +321,7 @@ def test_a_gigabyte_is_refused_before_it_is_read(site):
 def test_many_clients_at_once_lose_no_search_and_uploads_do_not_pile_up(site, pictures, monkeypatch):
     asked = [f"a {color} {shape}" for color in ("red", "blue", "green", "yellow", "white") for shape in ("star", "ring")]
     with ThreadPoolExecutor(10) as clients:
-        answers = list(clients.map(lambda text: ask(site, "/api/search", q=text, floor=0), asked * 5))
+        answers = list(clients.map(lambda text: ask(site, "/api/search", q=text), asked * 5))
     assert all(status == 200 and len(answer["matches"]) == server.NUM_SHOWN for status, answer in answers)
     assert all(answers[i] == answers[i + 10] for i in range(10))  # and each got its own
     monkeypatch.setattr(server, "NUM_UPLOADS", 2)

@@ -18,7 +18,7 @@ from config import load_run, refuse_changes, save_run
 from loading.trained import SPLITS, earlier_rows, write_splits
 from training import distributed
 from utils.errors import UserError
-from utils.files import FILE_MANAGERS, atomic_dir, atomic_write, remove_leftovers, replace
+from utils.files import CACHED, FILE_MANAGERS, atomic_dir, atomic_write, remove_leftovers, replace
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
 FORMATS = {"config.json": {"format", "config", "encoders"}, "gan.json": {"format", "config"}}  # keys that tell whose it is
@@ -158,6 +158,7 @@ def require_run_dir(run_dir, marker):
     if not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: is a file; name a folder")
     names = sorted(path.name for path in run_dir.iterdir() if path.name not in FILE_MANAGERS)
+    names = [name for name in names if not CACHED.fullmatch(name)]  # where --cache-dir names the same folder
     try:
         is_run = not names or FORMATS[marker] <= set(json.loads((run_dir / marker).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):

@@ -20,10 +20,8 @@ from loading.splits import SplitNotes
 from loading.trained import earlier_rows, with_contents, without_trained
 from training import distributed
 from training.stream import Stream, StreamLoader, validation_table
-from utils.cache import write_array
 from utils.errors import UserError
-from utils.files import DIGEST_SIZE, digest, read_bytes
-from utils.images import decode_images, read_ahead
+from utils.images import decode_images
 
 
 @dataclass
@@ -44,7 +42,7 @@ class Split:
     sources: list = field(
         default_factory=list
     )  # for each generated image, which come last: positions of real images with its caption
-    contents: tuple = ()  # hashes of the n image files
+    contents: tuple = ()  # digests of the n image files
     notes: SplitNotes | None = None  # of the validation split: how the data was split
 
     @property
@@ -141,36 +139,20 @@ def load_splits(config, table, image_dir, model, bytes_to_come, stream=None):
     arguments = paths, size, config.cache_dir, config.num_workers, config.skip_bad, bytes_to_come
     pictures, bad = decode_images(*arguments, resize=model.image_encoder.resize)
     position = {name: i for i, name in enumerate(names) if i not in bad}
-    contents = content_hashes(pictures, paths, config.num_workers)
     splits = {"train": stream} if stream else {}
     for split in ("val",) if stream else ("train", "val"):
         rows = table[(table["split"] == split) & table["image"].isin(position)]
         names, image_of_text = image_positions(rows)
         chosen = Subset(pictures, [position[name] for name in names])
         texts = token_ids(model.tokenizer, rows["caption"]) if len(rows) else []
-        hashes = tuple(contents[position[name]].tobytes() for name in names)
-        splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts, contents=hashes)
+        contents = tuple(rows.drop_duplicates("image")["content"]) if "content" in rows else ()
+        splits[split] = Split(names, chosen, list(rows["caption"]), image_of_text, chosen, texts, contents=contents)
     if not stream:
         splits["train"].sources = images_sharing_caption(splits["train"], generated)
     if not splits["val"].names:
         raise UserError(f"{image_dir}: none of its validation images can be decoded")
     splits["val"].notes = notes
     return splits, list(bad.values())
-
-
-def content_hashes(pictures, paths, num_workers):
-    """(n, DIGEST_SIZE) uint8: hashes of n image files, zeros for one that cannot be read; kept beside the decoded pictures."""
-    path = pictures.folder / "contents.npy"
-    try:
-        hashes = np.load(path)
-        if hashes.shape == (len(paths), DIGEST_SIZE):
-            return hashes
-    except (OSError, ValueError, EOFError):  # pictures that an earlier version decoded
-        pass
-    found = read_ahead(lambda path: digest(read_bytes(path)), paths, num_workers)
-    hashes = np.array([list(contents or bytes(DIGEST_SIZE)) for contents, _ in found], dtype=np.uint8)
-    write_array(path, hashes)
-    return hashes
 
 
 def count_cut(tokenizer, split):

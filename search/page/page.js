@@ -8,7 +8,6 @@ let keys = []; // of the pictures in the grid, in their order
 let page = 0; // the next one to load
 let asked = 0; // counts searches, so that late answers to earlier ones are dropped
 let loading = false;
-let floor = ""; // "0" once everything is to be shown
 let upload = null; // {key, url} of a picture from outside
 let like = ""; // the key of a picture of the gallery that the others should be like
 let shown = -1; // position in keys of the picture in the viewer
@@ -53,16 +52,16 @@ function pushAndSearch() {
 }
 
 async function search() {
-  clear("");
+  clear();
   at("message").textContent = "";
   document.title = at("q").value ? `${at("q").value} · Picture search` : "Picture search";
   if (at("q").value.trim() || upload || like) await loadMore();
   else at("message").textContent = "Type what a picture shows, or drop a picture here.  /  goes to the search field.";
 }
 
-function clear(newFloor) {
+function clear() {
   asked += 1;
-  [keys, page, loading, floor] = [[], 0, false, newFloor];
+  [keys, page, loading] = [[], 0, false];
   at("grid").replaceChildren();
 }
 
@@ -70,7 +69,7 @@ async function loadMore() {
   if (loading || page < 0) return;
   loading = true;
   const mine = asked;
-  const query = address({ upload: upload && upload.key, page, floor });
+  const query = address({ upload: upload && upload.key, page });
   try {
     const answer = await ask(`/api/search?${query}`);
     if (mine !== asked) return;
@@ -85,29 +84,12 @@ async function loadMore() {
 }
 
 function showMatches(answer) {
-  const relevant = answer.matches.filter((match) => match.relevant);
-  const nothing = page === 0 && answer.matches.length && !relevant.length;
-  const showAll = element("button", { textContent: "Show all", onclick: showEverything });
-  if (nothing) {
-    at("message").replaceChildren("Nothing here matches. The best guess is below. ", showAll);
-  } else if (page === 0) {
-    at("message").textContent = `Best of ${answer.of.toLocaleString()} pictures`;
-  }
-  for (const match of nothing ? answer.matches.slice(0, 1) : relevant) {
+  if (page === 0) at("message").textContent = `Best of ${answer.of.toLocaleString()} pictures`;
+  for (const match of answer.matches) {
     at("grid").append(tile(match, keys.length));
     keys.push(match.key);
   }
-  const hasMore = answer.more && relevant.length === answer.matches.length;
-  if (!hasMore && !nothing && !floor && answer.matches.length) {
-    at("message").replaceChildren(`${keys.length} of ${answer.of.toLocaleString()} pictures match. `, showAll);
-  }
-  page = hasMore ? page + 1 : -1;
-}
-
-function showEverything() {
-  clear("0");
-  at("message").textContent = "";
-  loadMore();
+  page = answer.more ? page + 1 : -1;
 }
 
 function tile(match, position) {

@@ -48,6 +48,7 @@ def test_many_captions_are_sampled_evenly_over_the_images(tmp_path, monkeypatch)
         return fit_relevance(I_v, T_q, image_of_text)
 
     monkeypatch.setattr(evaluation.relevance, "fit_relevance", fit)
+    monkeypatch.setattr(evaluation.relevance, "MIN_IMAGES", 40)
     I_e, T_e, image_of_text = made_pairs(40, 0)
     rows = np.repeat(np.arange(80), 150)  # 300 captions of each image
     write_relevance(tmp_path, I_e, T_e[rows], image_of_text[rows])
@@ -119,7 +120,7 @@ def test_a_model_that_knows_nothing_still_has_a_floor(tmp_path):
     assert write_relevance(tmp_path, I_e, np.repeat(T_e[:1], len(T_e), axis=0), image_of_text)["images"] == 100
 
 
-def test_a_search_says_when_nothing_matches(run, tmp_path, capsys):
+def test_the_best_are_shown_always_and_a_floor_cuts_only_where_it_is_given(run, tmp_path, capsys):
     run = shutil.copytree(run, tmp_path / "run")
     write_relevance(run, *made_pairs(200, 0, width=257))  # its own validation images are too few
     flags = [
@@ -135,16 +136,16 @@ def test_a_search_says_when_nothing_matches(run, tmp_path, capsys):
     learned = json.loads((run / relevance.JSON_FILE).read_text())
     out_of_reach = learned | {"floors": [floor + 1000 for floor in learned["floors"]]}
     (run / relevance.JSON_FILE).write_text(json.dumps(out_of_reach))
-    inference.search(read_search(["a red circle", *flags]))
+    inference.search(read_search(["a red circle", "--floor", "0.001", *flags]))
     strict = json.loads((tmp_path / "f").read_text())
-    assert "nothing here matches (best guess below)" in capsys.readouterr().out
-    inference.search(read_search(["a red circle", "--floor", "0", *flags]))
+    assert "nothing here is above --floor (best guess below)" in capsys.readouterr().out
+    inference.search(read_search(["a red circle", *flags]))
     everything = json.loads((tmp_path / "f").read_text())
     assert strict["matches"] == [] and len(everything["matches"]) == 9
     assert all(0 <= match["probability"] <= 1 for match in everything["matches"])
     assert strict["best_guess"]["filename"] == everything["matches"][0]["filename"]
     assert strict["best_guess"]["score"] == pytest.approx(everything["matches"][0]["score"], abs=1e-6)
-    inference.search(read_search(["a red circle", "--floor", "0", "--more", "1", "--n", "3", *flags]))
+    inference.search(read_search(["a red circle", "--more", "1", "--n", "3", *flags]))
     assert json.loads((tmp_path / "f").read_text())["matches"] == everything["matches"][3:6]
 
 

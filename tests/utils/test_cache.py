@@ -46,7 +46,8 @@ def test_only_what_no_run_uses_is_deleted(small_flags, tmp_path, capsys):
     for name, size in (("runs/a", 80), ("runs/b", 64)):
         main.train(parse_config(small_flags(name, epochs=1, size=size, freeze="both"), "shapes")[0])
     entries = set(os.listdir(tmp_path / "cache"))
-    assert len(entries) == 8  # of each size the pictures and the features of two splits; and the captions' of two splits
+    # of each size the pictures and the features of two splits; the captions' features of two splits; the files' digests
+    assert len(entries) == 9
     os.rename(tmp_path / "runs" / "a", tmp_path / "runs" / "renamed")
     capsys.readouterr()
     (tmp_path / "cache" / "images-of-nobody").mkdir()
@@ -57,7 +58,7 @@ def test_only_what_no_run_uses_is_deleted(small_flags, tmp_path, capsys):
     cache(Cache(str(tmp_path / "cache"), (str(tmp_path / "runs"),), delete=True))
     assert set(os.listdir(tmp_path / "cache")) == entries
     cache(Cache(str(tmp_path / "cache"), (str(tmp_path / "runs" / "b"),), delete=True))
-    assert len(os.listdir(tmp_path / "cache")) == 5
+    assert len(os.listdir(tmp_path / "cache")) == 6
     with pytest.raises(UserError, match="--cache-dir .*nowhere"):
         cache(Cache(str(tmp_path / "nowhere")))
 
