@@ -183,6 +183,7 @@ def test_a_picture_opens_large_and_finds_others_like_it(page, site):
 def test_it_is_driven_by_keys(page):
     page.keyboard.press("Escape")
     find(page, "a star")
+    page.locator("#grid .tile").nth(1).wait_for()
     page.get_by_label("What the pictures show").press("ArrowDown")
     page.keyboard.press("ArrowRight")
     page.keyboard.press("Enter")
