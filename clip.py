@@ -49,8 +49,9 @@ from utils.device import pick_device
 from utils.errors import UserError
 from utils.files import atomic_write
 
-OF_WEIGHTS = (HUBNESS_FILE, "relevance.json", "references.npy", "relevance.png", "README.md", "matches.png", "similarity.png")
-OF_WEIGHTS += ("tradeoff.csv", "tradeoff.png")  # in a run folder: what is true of these weights alone
+# In a run folder, what is true of these weights alone
+OF_WEIGHTS = (HUBNESS_FILE, "relevance.json", "references.npy", "reference-words.npy", "relevance.png", "README.md")
+OF_WEIGHTS += ("matches.png", "similarity.png", "tradeoff.csv", "tradeoff.png")
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
 

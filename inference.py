@@ -25,6 +25,7 @@ from search.queries import (
     classify_embedding,
     embed_texts,
     judge,
+    probably_nothing,
     read_queries,
 )
 from search.searcher import Searcher
@@ -50,7 +51,7 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9, output=""
         image_embeddings = as_vectors(image_embeddings, image_filenames, len(embedding))
     matches = best_matches(image_embeddings, embedding, image_filenames, n)
     if output:
-        draw_matches(str(query), judge(matches, None, None), output, show)
+        draw_matches(str(query), judge(matches), output, show)
     return matches
 
 
@@ -130,8 +131,8 @@ def answer_text(searcher, options):
     embedding = blend(gallery, parts)
     title = str(query) + f" like {Path(options.similar_to).name}" * bool(options.similar_to)
     found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
-    # What a match is was learned from texts.
-    matches = judge(found, embedding, None if options.similar_to else searcher.relevance, options.floor)
+    text = "" if options.similar_to else query.text
+    matches = judge(found, searcher, text, embedding, options.floor)
     answer = show_matches(title, matches, options.more)
     shown = [match for match in matches if match.relevant] or ([] if options.more else matches[:1])
     explain = None
@@ -140,7 +141,8 @@ def answer_text(searcher, options):
 
         explain = partial(heat_map, searcher, parts[0], pixels=GRID_PIXELS)  # of the texts
     if shown:
-        draw_matches(title, shown, options.output, show=True, read_picture=explain)
+        heading = f"{title}: probably nothing here" if "probably_nothing" in answer else title
+        draw_matches(heading, shown, options.output, show=True, read_picture=explain)
         print(f"drawn in {options.output}")
     return answer
 
@@ -148,16 +150,21 @@ def answer_text(searcher, options):
 def show_matches(title, matches, more):
     """Prints the matches or, with --floor, those above it and, where none is, the best guess. Returns {"query", "matches"}.
 
+    Where probably nothing matches, a line says so, and the answer has {"probably_nothing": True}.
     matches: a list of `Match`, best first. more: as for `Search`.
     """
     relevant = [match for match in matches if match.relevant]
     answer = {"query": title, "matches": [match.record() for match in relevant]}
+    nothing = not more and probably_nothing(matches)
+    if nothing:
+        answer["probably_nothing"] = True
     if matches and not relevant and not more:
         print(f"{title!r}: nothing here is above --floor (best guess below)")
         print_matches(matches[:1])
         return answer | {"best_guess": matches[0].record()}
-    print(f"{title!r}:" if relevant else f"{title!r}: no more pictures")
-    print_matches(relevant)
+    found = "probably nothing here; the best guesses:" if nothing else ""
+    print(f"{title!r}: {found}".rstrip() if relevant else f"{title!r}: no more pictures")
+    print_matches(relevant, divide=not nothing)
     if relevant and len(relevant) < len(matches):
         print(f"{len(relevant)} of the best {len(matches)} are above --floor")
     return answer
@@ -170,7 +177,7 @@ def answer_lines(searcher, options):
     gallery, answers = find_gallery(searcher, options), []
     for line, embedding in zip(lines, embeddings):
         found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
-        answers.append(show_matches(line, judge(found, embedding, searcher.relevance, options.floor), options.more))
+        answers.append(show_matches(line, judge(found, searcher, line, embedding, options.floor), options.more))
     return {"queries": answers}
 
 
@@ -183,7 +190,7 @@ def answer_picture(searcher, options):
 
     embedding, name = searcher.embed_file(options.image), Path(options.image).name
     gallery = find_gallery(searcher, options)
-    matches = judge(best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n), embedding, None)
+    matches = judge(best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n))
     print(f"like {name}:")
     print_matches(matches)
     texts, embeddings = embed_captions(searcher)
@@ -243,8 +250,11 @@ def write_onnx(run):
     print(f"written {' and '.join(map(str, paths))}")
 
 
-def print_matches(matches):
-    for match in matches:
+def print_matches(matches, divide=False):
+    """Prints a list of `Match`, best first. divide: with a line before those that are less likely."""
+    for i, match in enumerate(matches):
+        if divide and not match.is_likely and (i == 0 or matches[i - 1].is_likely):
+            print("  less likely:")
         print(f"{match.label()}  {match.filename}")
 
 

@@ -12,7 +12,7 @@ from utils.errors import UserError
 
 NEEDED = "config.json", "model.safetensors", "tokenizer.json"  # without which a run folder cannot be loaded
 WRITTEN = "config.json", "model.safetensors", HUBNESS_FILE  # of the model
-OF_WEIGHTS = "relevance.json", "references.npy"  # `search.relevance` learned them with these weights
+OF_WEIGHTS = "relevance.json", "references.npy", "reference-words.npy"  # `search.relevance` learned them with these weights
 COPIED = "tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png", *OF_WEIGHTS  # of the run
 HUB_TIMEOUT = 5  # seconds to wait for a model hub's first answer
 

@@ -165,7 +165,7 @@ TASKS = {  # its flags, where it is, what to write behind python evaluate.py, an
     "sts": (STS, "evaluation.sts", "sts --run runs/best --file sts-test.csv", "similarity of sentences, against human ratings"),
     "twins": (Twins, "evaluation.twins", "twins --run runs/shapes", "word order: captions of the same words"),
     "compare": (Compare, "evaluation.compare", "compare --run runs/shapes runs/paper", "models side by side"),
-    "calibrate": (Calibrate, "evaluation.relevance", "calibrate --run runs/shapes", "the score above which a picture matches"),
+    "calibrate": (Calibrate, "evaluation.relevance", "calibrate --run runs/shapes", "how probably a picture matches a text"),
     "leaks": (Leaks, "evaluation.leaks", "leaks --data-dir Datasets/shapes", "pictures that are in two splits"),
 }
 

@@ -1,85 +1,94 @@
-"""Learn a run's relevance floor and match probabilities from captioned pictures: python evaluate.py calibrate --run RUN."""
+"""Learn how probably a picture matches a text, from captioned pictures: python evaluate.py calibrate --run RUN.
 
+What is learned is tried on pictures that it was not learned from. So the images are halved: pictures of one half are searched
+with spans of all captions, and a text's usual scores and the words that captions say come from the other half.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from evaluation.spans import choose_spans, label_pairs
 from search.options import WRONG_SHARE
 from search.queries import as_queries
-from search.relevance import MIN_IMAGES, Relevance, reference_statistics, relevance_folder
+from search.relevance import MIN_IMAGES, NOTHING, NUM_JUDGED, References, Relevance, relevance_folder
 from utils.errors import UserError
 from utils.files import write_json
+from utils.words import content_words
 
-MAX_IMAGES = 1000  # that are compared with all their captions, and kept as references
-MAX_CAPTIONS = 5000  # of them, as all are compared with each other
+MAX_IMAGES = 1000  # that are searched, and kept as references
+MAX_CAPTIONS = 5000  # of them
+NUM_ASKED = 2500  # texts that the pictures are searched with
+MIN_SAID = 2  # captions that have a word which is kept as a reference; the words of one are often misspelt
+AT_ONCE = 256  # texts that are embedded
 SHARES = 10.0 ** -np.arange(0.5, 5.01, 0.25)  # of wrong pairs, for which a floor is kept
-MIN_WRONG = 10  # with fewer wrong pairs, all pairs that are not right count as wrong
+MIN_PAIRS = 10  # right ones and wrong ones, in each half
 MAX_WRONG = 200_000  # wrong pairs from which the weights are learned
+COMMON = 0.01  # share of the pictures that are right for a text that is certainly there
 NUM_BINS = 10  # of the reliability diagram and the calibration error
 
 
-def label_pairs(T_q, image_of_text, num_images):
-    """(right, wrong): two (m, n) masks. A pair is right where the caption was written for the image.
+@dataclass
+class Searches:
+    """m texts that n pictures were searched with."""
 
-    It is neither where the image has a caption that is at least as similar to this text as two captions of one image usually
-    are: such a picture shows what the text says. T_q: (m, d_e + 1) queries. image_of_text: (m,).
-    """
-    right = image_of_text[:, None] == np.arange(num_images)
-    similarity, similarities_within_image = T_q @ T_q.T, []
-    nearest_caption = np.empty(right.shape, dtype=np.float32)
-    for image in range(num_images):
-        captions = np.flatnonzero(image_of_text == image)
-        nearest_caption[:, image] = similarity[:, captions].max(axis=1)
-        similarities_within_image += [similarity[a, b] for a, b in zip(captions, captions[1:])]
-    usual = np.median(similarities_within_image) if similarities_within_image else np.inf
-    return right, ~right & (nearest_caption < usual)
+    scores: np.ndarray  # (m, n)
+    statistics: np.ndarray  # (m, 4), as `References.statistics` gives them
+    right: np.ndarray  # (m, n) masks; a pair may be neither
+    wrong: np.ndarray
+
+    def corrected(self, weights):
+        """Scores that compare between texts, (m, n). weights: as of `Relevance`."""
+        return weights[0] * self.scores + (self.statistics @ weights[1:])[:, None]
 
 
-def fit_relevance(I_v, T_q, image_of_text):
-    """The `Relevance` of n images and m captions: vectors, (n, d_e + 1), and queries, (m, d_e + 1), as in `search.queries`.
+def make_references(I_v, captions, embed):
+    """`References` of pictures' vectors and of the words of captions. embed: as for `write_relevance`."""
+    said = Counter(word for caption in captions for word in content_words(caption))
+    words = sorted(word for word, count in said.items() if count >= MIN_SAID)
+    return References(I_v, embed(words), {word: said[word] / len(captions) for word in words})
 
-    image_of_text: (m,) the index of each caption's image. The images become the references.
-    """
+
+def fit_relevance(references, searches):
+    """The `Relevance` that a list of `Searches` teaches, to go with `References`."""
     from sklearn.isotonic import IsotonicRegression  # only here: this import takes a second
 
-    cosines = T_q @ I_v.T  # (m, n)
-    right, wrong = label_pairs(T_q, image_of_text, len(I_v))
-    if wrong.sum() < MIN_WRONG:  # nearly all captions are alike
-        wrong = ~right
-    mean, spread = reference_statistics(cosines)
-    # Searched pictures are not among the references, so a caption's own image does not count in its mean.
-    mean = (len(I_v) * mean - cosines[np.arange(len(cosines)), image_of_text]) / (len(I_v) - 1)
-    weights = fit_weights(cosines, mean, spread, right, wrong)
-    scores = weights[0] * cosines + (weights[1] * mean + weights[2] * spread)[:, None]
-    shares = [share for share in SHARES if share * wrong.sum() >= 1]
-    floors = np.quantile(scores[wrong], 1 - np.array(shares))
-    pairs = (right | wrong) & (scores >= scores[right].min())  # below, the probability is 0
-    isotonic = IsotonicRegression(y_min=0, y_max=1).fit(scores[pairs], right[pairs])  # Zadrozny and Elkan 2002
+    weights = fit_weights(searches)
+    corrected = [part.corrected(weights) for part in searches]
+    right, wrong = (np.concatenate([s[mask] for s, mask in zip(corrected, masks)])
+                    for masks in ([part.right for part in searches], [part.wrong for part in searches]))  # fmt: skip
+    shares = [share for share in SHARES if share * len(wrong) >= 1]
+    floors = np.quantile(wrong, 1 - np.array(shares))
+    near = wrong[wrong >= right.min()]  # below, the probability is 0
+    pairs, found = np.concatenate([right, near]), np.repeat([1, 0], [len(right), len(near)])
+    isotonic = IsotonicRegression(y_min=0, y_max=1).fit(pairs, found)  # Zadrozny and Elkan 2002
     return Relevance(
-        references=I_v,
+        references=references,
         weights=plain(weights),
         shares=plain(shares),
         floors=plain(floors),
-        right_above_floor=plain((scores[right] >= floor).mean() for floor in floors),
+        right_above_floor=plain((right >= floor).mean() for floor in floors),
         scores=plain(isotonic.X_thresholds_),
         probabilities=plain(isotonic.y_thresholds_),
     )
 
 
-def fit_weights(cosines, mean, spread, right, wrong):
-    """How much a cosine, the mean and the spread count, (3,), by a logistic regression that tells right pairs from wrong ones.
-
-    cosines, right, wrong: (m, n). mean, spread: (m,).
-    """
+def fit_weights(searches):
+    """How much a score and its text's statistics count, (5,): a logistic regression that tells right pairs from wrong ones."""
     from sklearn.linear_model import LogisticRegression  # only here: this import takes a second
 
-    used = np.concatenate([np.flatnonzero(right), evenly(np.flatnonzero(wrong), MAX_WRONG)])
-    rows = used // cosines.shape[1]
-    features = np.stack([cosines.flat[used], mean[rows], spread[rows]], axis=1)
+    features, found = [], []
+    for part in searches:
+        used = np.concatenate([np.flatnonzero(part.right), evenly(np.flatnonzero(part.wrong), MAX_WRONG)])
+        features.append(np.column_stack([part.scores.flat[used], part.statistics[used // part.scores.shape[1]]]))
+        found.append(part.right.flat[used])
+    features, found = np.concatenate(features), np.concatenate(found)
     scale = features.std(axis=0) + 1e-9
-    fitted = LogisticRegression().fit((features - features.mean(axis=0)) / scale, right.flat[used])
+    fitted = LogisticRegression().fit((features - features.mean(axis=0)) / scale, found)
     weights = fitted.coef_[0] / scale  # of the features before they were standardised
-    return weights if weights[0] > 0 else np.array([1.0, 0, 0])  # else the model has learned nothing yet
+    return weights if weights[0] > 0 else np.array([1.0, 0, 0, 0, 0])  # else the model has learned nothing yet
 
 
 def plain(values):
@@ -91,18 +100,22 @@ def evenly(values, count):
     return values[:: max(1, -(-len(values) // count))]
 
 
-def measure_relevance(relevance, I_v, T_q, image_of_text):
-    """How a `Relevance` does on pairs that it was not learned from; the arguments are those of `fit_relevance`.
+def measure_relevance(relevance, searches):
+    """How a `Relevance` does on `Searches` that it was not learned from.
 
-    Returns {"images", "captions", "wrong_above_floor", "right_above_floor", "calibration_error", "bins"}. The two in the middle
-    are percentages of the wrong and of the right pairs. calibration_error is the expected one (Guo et al. 2017), in points, of
-    the pairs above the floor; bins are [mean probability, share of right pairs, number of pairs] of these.
+    Returns {"images", "texts", "wrong_above_floor", "right_above_floor", "calibration_error", "nothing_wrongly",
+    "nothing_rightly", "bins"}. All but the counts and the bins are percentages. The two above the floor are of the wrong and of
+    the right pairs. calibration_error is the expected one (Guo et al. 2017), in points, of the pictures that are shown, the
+    best nine of each text; bins are [mean probability, share of right pairs, number of pairs] of these. Of the texts for which
+    COMMON or more pictures are right, and of those for which none is, the last two say how many get "probably nothing here".
     """
-    right, wrong = label_pairs(T_q, image_of_text, len(I_v))
-    scores = np.stack([relevance.corrected_scores(cosines, text) for cosines, text in zip(T_q @ I_v.T, T_q)])
-    above = scores >= relevance.floor(WRONG_SHARE)
-    shown = above & (right | wrong)
-    probabilities, correct = relevance.probability(scores[shown]), right[shown]
+    corrected = searches.corrected(np.array(relevance.weights))
+    above = corrected >= relevance.floor(WRONG_SHARE)
+    best = np.argsort(-corrected, axis=1, kind="stable")[:, :NUM_JUDGED]
+    corrected, right, wrong = (np.take_along_axis(of, best, axis=1) for of in (corrected, searches.right, searches.wrong))
+    nothing = relevance.probability(corrected).mean(axis=1) < NOTHING
+    common, absent = searches.right.mean(axis=1) >= COMMON, ~searches.right.any(axis=1)
+    probabilities, correct = relevance.probability(corrected[right | wrong]), right[right | wrong]
     number = np.minimum((probabilities * NUM_BINS).astype(int), NUM_BINS - 1)
     bins = [
         [float(probabilities[number == i].mean()), float(correct[number == i].mean()), int((number == i).sum())]
@@ -110,66 +123,94 @@ def measure_relevance(relevance, I_v, T_q, image_of_text):
     ]
     error = sum(count * abs(expected - found) for expected, found, count in bins) / max(1, len(correct))
     return {
-        "images": len(I_v),
-        "captions": len(T_q),
-        "wrong_above_floor": 100 * float(above[wrong].mean()) if wrong.any() else 0.0,
-        "right_above_floor": 100 * float(above[right].mean()),
+        "images": searches.scores.shape[1],
+        "texts": len(searches.scores),
+        "wrong_above_floor": percentage(above[searches.wrong]),
+        "right_above_floor": percentage(above[searches.right]),
         "calibration_error": 100 * error,
+        "nothing_wrongly": percentage(nothing[common]),
+        "nothing_rightly": percentage(nothing[absent]),
         "bins": bins,
     }
 
 
-def write_relevance(folder, I_v, T_q, image_of_text, seed=0):
-    """Learns a `Relevance` and writes it into a folder with relevance.png. Arguments: as for `fit_relevance`.
+def percentage(mask):
+    return 100 * float(mask.mean()) if mask.size else 0.0
 
-    Returns what `measure_relevance` finds on one half of the images after learning from the other half; what is written is
-    learned from both. Raises UserError where there are fewer than MIN_IMAGES images.
+
+def write_relevance(folder, I_v, captions, image_of_text, embed, seed=0):
+    """Learns a `Relevance` and writes it into a folder with relevance.png.
+
+    I_v: (n, d_e + 1) vectors of the images. image_of_text: (m,) the index of each caption's image. embed(texts): their
+    (texts, d_e) L2-normalised embeddings. Returns what `measure_relevance` finds on one half of the images after learning from
+    the other; what is written is learned from both. Raises UserError where there are fewer than MIN_IMAGES images.
     """
     from utils.plots import draw_relevance
 
     if len(I_v) < MIN_IMAGES:
-        raise UserError(f"{len(I_v)} images with captions: a relevance floor needs {MIN_IMAGES} or more")
-    order = np.random.default_rng(seed).permutation(len(I_v))[:MAX_IMAGES]
-    by_image = np.argsort(image_of_text, kind="stable")
-    number = np.arange(len(T_q)) - np.searchsorted(image_of_text[by_image], image_of_text[by_image])  # within an image
-    chosen = np.sort(by_image[number < MAX_CAPTIONS // len(order)])
-    T_q, image_of_text = T_q[chosen], image_of_text[chosen]
+        raise UserError(f"{len(I_v)} images with captions: match probabilities need {MIN_IMAGES} or more")
+    rng = np.random.default_rng(seed)
+    I_v, captions, image_of_text = sample(I_v, captions, image_of_text, rng)
+    asked = choose_spans(captions, NUM_ASKED, rng)
+    if not asked:
+        raise UserError("the captions have no words that say what is seen, so no match probabilities can be learned")
+    words = {word for text in (*asked, *captions) for word in content_words(text)}
+    texts = sorted({*asked, *words}, key=lambda text: (len(text), text))  # as a batch is as long as its longest
+    T_e = np.concatenate([embed(texts[start : start + AT_ONCE]) for start in range(0, len(texts), AT_ONCE)])
+    place = {text: position for position, text in enumerate(texts)}
 
-    def part(images):
-        place = np.full(len(I_v), -1)
-        place[images] = np.arange(len(images))
-        rows = place[image_of_text] >= 0
-        return I_v[images], T_q[rows], place[image_of_text[rows]]
+    def look_up(texts):
+        return T_e[np.array([place[text] for text in texts], dtype=int)]
 
-    half = len(order) // 2
-    unseen = measure_relevance(fit_relevance(*part(order[:half])), *part(order[half:]))
-    relevance = fit_relevance(*part(order))
+    T_q = as_queries(look_up(asked))
+    right, wrong = label_pairs(asked, captions, image_of_text, len(I_v))
+    half, searches = np.arange(len(I_v)) < len(I_v) // 2, []
+    for part in (half, ~half):
+        others = [caption for caption, image in zip(captions, image_of_text) if not part[image]]
+        statistics = make_references(I_v[~part], others, look_up).statistics(asked, T_q, look_up)
+        searches.append(Searches(T_q @ I_v[part].T, statistics, right[:, part], wrong[:, part]))
+    if min(pairs.sum() for part in searches for pairs in (part.right, part.wrong)) < MIN_PAIRS:
+        raise UserError("the captions say nearly the same of all images, so no match probabilities can be learned")
+    references = make_references(I_v, captions, look_up)
+    unseen = measure_relevance(fit_relevance(references, searches[:1]), searches[1])
+    relevance = fit_relevance(references, searches)
     relevance.save(folder)
     draw_relevance(relevance, unseen["bins"], WRONG_SHARE, Path(folder) / "relevance.png")
     return unseen
 
 
+def sample(I_v, captions, image_of_text, rng):
+    """At most MAX_IMAGES of the images, in random order, and MAX_CAPTIONS of their captions, evenly over the images."""
+    order = rng.permutation(len(I_v))[:MAX_IMAGES]
+    place = np.full(len(I_v), -1)
+    place[order] = np.arange(len(order))
+    image_of_text = place[image_of_text]
+    by_image = np.argsort(image_of_text, kind="stable")
+    number = np.arange(len(by_image)) - np.searchsorted(image_of_text[by_image], image_of_text[by_image])  # within an image
+    chosen = by_image[(number < MAX_CAPTIONS // len(order)) & (image_of_text[by_image] >= 0)]
+    return I_v[order], [captions[row] for row in chosen], image_of_text[chosen]
+
+
 def relevance_line(unseen):
     """A message with what `write_relevance` measured."""
-    wrong, right = unseen["wrong_above_floor"], unseen["right_above_floor"]
     return (
-        f"relevance floor: on {unseen['images']:,} images that it was not learned from, "
-        f"{wrong:.2f}% of the wrong pictures and {right:.1f}% of the right ones are above it; "
-        f"calibration error {unseen['calibration_error']:.1f} points"
+        f"match probabilities: on {unseen['images']:,} images that they were not learned from, off by "
+        f"{unseen['calibration_error']:.1f} points; 'probably nothing here' for {unseen['nothing_rightly']:.0f}% of the texts "
+        f"that no image matches, and for {unseen['nothing_wrongly']:.1f}% of those that 1 in 100 does"
     )
 
 
 def calibrate(options):
-    """Learns what a run's scores mean, for searches to come: from which score on a picture matches, and how probably."""
-    from embedding import open_model
+    """Learns what a run's scores mean, for searches to come: how probably a picture matches."""
+    from embedding import embed_texts, open_model
     from evaluation.splits import embed_pairs, select_rows
 
     data_paths = options.data_dir, options.image_path, options.captions_path
     rows = select_rows(options.run, data_paths, options.split, options.skip_bad)
     opened = open_model(options.run, options.device, options.precision, options.views)
-    I_v, T_v, image_of_text, _, _ = embed_pairs(opened, rows, options.skip_bad, options.num_workers)
+    I_v, _, image_of_text, captions, _ = embed_pairs(opened, rows, options.skip_bad, options.num_workers)
     folder = relevance_folder(options.run, options.cache_dir, options.views)
-    unseen = write_relevance(folder, I_v, as_queries(T_v[:, :-1]), image_of_text)
+    unseen = write_relevance(folder, I_v, captions, image_of_text, lambda texts: embed_texts(opened[0], texts).numpy())
     print(f"{relevance_line(unseen)}\nwritten to {folder}")
     if options.json:
         write_json(options.json, unseen)

@@ -13,7 +13,7 @@ occlusion.py     heat maps: which parts of a picture match a text
 page/            what the browser gets: HTML, CSS and JavaScript
 options.py       the flags of inference.py and app.py
 queries.py       embed and answer queries: texts, pictures, class names
-relevance.py     the score above which a picture counts as a match
+relevance.py     how probably a picture matches a text
 run_data.py      the pictures and captions that a run was trained with
 searcher.py      a run, to search with: loads no more of it than a search needs
 server.py        the page's server

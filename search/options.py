@@ -64,6 +64,10 @@ class Search:
             raise UserError(f"--n {self.n}, --more {self.more}: must be at least 1 and at least 0")
         if not 0 <= self.floor < 1:
             raise UserError(f"--floor {self.floor}: is a share of wrong pictures, from 0 (leave out none) to below 1")
+        if self.floor and (len(self.query) != 1 or self.minus or self.similar_to) and not self.query_file:
+            raise UserError(
+                "--floor: was learned from single texts; leave it out of sums, differences and searches with a picture"
+            )
         num_queries = bool(self.query or self.similar_to) + bool(self.query_file) + bool(self.image)
         num_tasks = self.duplicates + bool(self.map) + self.embed_only + bool(self.export)
         if num_tasks and num_queries or num_tasks > 1:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from search.index import top_k
+from search.relevance import LIKELY, NOTHING, NUM_JUDGED
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -90,6 +91,11 @@ class Query:
     def __str__(self):
         return " + ".join(self.texts) + "".join(f" - {text}" for text in self.minus)
 
+    @property
+    def text(self):
+        """Its text, if it is one alone: match probabilities were learned from single texts; else empty."""
+        return self.texts[0] if len(self.texts) == 1 and not self.minus else ""
+
     def embed(self, model):
         """Its query, (d_e + 1,)."""
         return embed_query(model, self.texts, self.minus, self.weights)
@@ -143,6 +149,10 @@ class Match:
     probability: float | None = None
     relevant: bool = True
 
+    @property
+    def is_likely(self):
+        return self.probability is None or self.probability >= LIKELY
+
     def record(self):
         probability = {} if self.probability is None else {"probability": round(self.probability, 4)}
         return {"filename": self.filename, "score": self.score} | probability
@@ -151,19 +161,27 @@ class Match:
         return f"{self.score:7.3f}" if self.probability is None else f"{100 * self.probability:6.1f}%"
 
 
-def judge(matches, embedding, relevance, wrong_share=0.0):
+def judge(matches, searcher=None, text="", embedding=None, wrong_share=0.0):
     """[(filename, score)] of a text's query, (d_e + 1,) -> a list of `Match`.
 
-    relevance: a `search.relevance.Relevance`, or None. wrong_share: that may get over the floor; 0: none is left out.
+    searcher: a `search.searcher.Searcher`. Without a text, or where its run has no `Relevance`, nothing is said of how probably
+    a picture matches. wrong_share: that may get over the floor; 0: none is left out.
     """
+    relevance = searcher.relevance if text else None
     if relevance is None:
         return [Match(name, score) for name, score in matches]
-    corrected = relevance.corrected_scores([score for _, score in matches], embedding)
+    corrected = relevance.corrected_scores([score for _, score in matches], text, embedding, searcher.embed_texts)
     floor = relevance.floor(wrong_share)
     return [
         Match(name, score, float(relevance.probability(value)), bool(value >= floor))
         for (name, score), value in zip(matches, corrected)
     ]
+
+
+def probably_nothing(matches):
+    """Whether probably none of a list of `Match`, best first, shows what was looked for: by the nine best."""
+    judged = [match.probability for match in matches[:NUM_JUDGED]]
+    return bool(judged) and None not in judged and np.mean(judged) < NOTHING
 
 
 def classify_embedding(model, embedding, names):

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from config import HUBNESS_FILE, is_model_name, run_names
-from search.relevance import load_relevance, relevance_folder
+from search.relevance import JSON_FILE, load_relevance, relevance_folder
 from search.store import FORMAT
 from utils.cache import cache_key, file_stats, model_key, note_use
 from utils.errors import UserError
@@ -141,11 +141,12 @@ class Searcher:
 
     @cached_property
     def relevance(self):
-        """The run's `Relevance`, or None. An ensemble and several views need one of their own: a message says how to get it."""
-        found = load_relevance(relevance_folder(self.run, self.cache_dir, self.views))
-        if not found and (self.views > 1 or len(self.folders) > 1):
+        """The run's `Relevance`, or None. For an ensemble, several views or an older run a line says how to get one."""
+        folder = relevance_folder(self.run, self.cache_dir, self.views)
+        found = load_relevance(folder)
+        if not found and (self.views > 1 or len(self.folders) > 1 or (folder / JSON_FILE).exists()):
             flags = f"--run {self.run}" + f" --views {self.views}" * (self.views > 1)
-            print(f"no relevance floor, so all is shown; python evaluate.py calibrate {flags} learns it")
+            print(f"no match probabilities; python evaluate.py calibrate {flags} learns them")
         return found
 
     def embed_file(self, path):

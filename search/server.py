@@ -21,7 +21,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
 from search.gallery import Filters
-from search.queries import best_captions, best_matches, blend, classify_embedding, embed_query, judge
+from search.queries import best_captions, best_matches, blend, classify_embedding, embed_query, judge, probably_nothing
 from utils.errors import UserError
 from utils.files import read_bytes
 from utils.formats import decode
@@ -88,10 +88,16 @@ class Page:
         gallery = gallery.select(Filters(*(value.get(name, "").strip() for name in ("after", "before", "folder"))))
         embedding, page = blend(gallery, embeddings), number(value, "page")
         found = best_matches(gallery, embedding, range(len(gallery.rows)), NUM_SHOWN, page * NUM_SHOWN)
-        relevance = self.searcher.relevance if len(embeddings) == 1 and text else None
-        matches = judge(found, embedding, relevance)
+        matches = judge(found, self.searcher, text if len(embeddings) == 1 and not minus else "", embedding)
         records = [self.record(gallery, match) for match in matches]
-        return JSONResponse({"matches": [r for r in records if r], "more": len(found) == NUM_SHOWN, "of": len(gallery.rows)})
+        return JSONResponse(
+            {
+                "matches": [r for r in records if r],
+                "more": len(found) == NUM_SHOWN,
+                "of": len(gallery.rows),
+                "nothing": page == 0 and probably_nothing(matches),
+            }
+        )
 
     def record(self, gallery, match):
         """What the page shows of a match, whose filename is a position; None where it was deleted meanwhile."""
@@ -99,7 +105,7 @@ class Page:
         if path is None:
             return None
         key, name = gallery.key_of(match.filename), self.below_folder(path)
-        return {"key": key, "name": name, "label": match.label().strip()}
+        return {"key": key, "name": name, "label": match.label().strip(), "likely": match.is_likely}
 
     def below_folder(self, path):
         folder = Path(self.live.folder).absolute() if self.live.folder else None

@@ -23,7 +23,7 @@ from utils.files import CACHED, FILE_MANAGERS, atomic_dir, atomic_write, remove_
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
 FORMATS = {"config.json": {"format", "config", "encoders"}, "gan.json": {"format", "config"}}  # keys that tell whose it is
 RUN_FILES = re.compile(  # names of all that a run and the commands that use it write into its folder
-    r"(config|gan|relevance|tokenizer)\.json|(model|hubness|generator)\.safetensors|references\.npy|(last|previous)\.pt|"
+    r"(config|gan|relevance|tokenizer)\.json|(model|hubness|generator)\.safetensors|reference(s|-words)\.npy|(last|previous)\.pt|"
     r"(history|splits|tradeoff)\.csv|(curves|similarity|matches|relevance|generated|tradeoff)\.png|README\.md|"
     r"(cache|skipped)\.txt|done\.json|.+\.tmp|heads|onnx|samples|pictures|tensorboard|wandb"
 )

@@ -7,12 +7,11 @@ import numpy as np
 import torch
 
 from config import generated_per_batch, is_stream
-from embedding import picture_vectors, project_and_normalize, text_features, token_ids
+from embedding import embed_texts, picture_vectors, project_and_normalize, text_features, token_ids
 from encoders.hubness import BANK, Hubness
 from encoders.tokenizer import count_unknown
 from evaluation.relevance import relevance_line, write_relevance
 from evaluation.retrieval import FEW, recall_table, repeats_line, score, similarities
-from search.queries import as_queries
 from training import distributed
 from training.checkpoint import PREVIOUS
 from training.data import Split, count_cut, some_pairs, split_features
@@ -147,7 +146,7 @@ def write_report(state, splits, start, device, dtype):
     if distributed.is_main_process():
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)
-        learn_relevance(model, validation, I_f, T_f, device, run_dir)
+        learn_relevance(model, validation, I_f, device, run_dir)
         write_card(run_dir, state.config, model, splits, scores, validation.notes)
         (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
 
@@ -185,14 +184,16 @@ def correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir):
     return corrected if better else scores
 
 
-def learn_relevance(model, split, I_f, T_f, device, run_dir):
-    """Writes what a search needs to say which pictures match, and prints how it does."""
+def learn_relevance(model, split, I_f, device, run_dir):
+    """Writes what a search needs to say how probably a picture matches, and prints how it does."""
     I_v = picture_vectors(model, I_f, device).numpy()
-    T_q = as_queries(project_and_normalize(model.text_projection, T_f, device).numpy())
     try:
-        print(relevance_line(write_relevance(run_dir, I_v, T_q, split.image_of_text)))
+        unseen = write_relevance(
+            run_dir, I_v, split.captions, split.image_of_text, lambda texts: embed_texts(model, texts).numpy()
+        )
+        print(relevance_line(unseen))
     except UserError as error:
-        print(f"no relevance floor: {error}")
+        print(f"no match probabilities: {error}")
 
 
 def draw_examples(model, split, I_f, T_f, device, run_dir):

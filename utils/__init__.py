@@ -13,4 +13,5 @@ images.py        read pictures from files, and cache them decoded
 lean_imports.py  load timm and transformers without torch's compiler
 plots.py         the figures of a run and of a search
 processes.py     which of several processes this one is
+words.py         the words of a text that say what a picture shows
 """

@@ -10,6 +10,7 @@ let asked = 0; // counts searches, so that late answers to earlier ones are drop
 let loading = false;
 let upload = null; // {key, url} of a picture from outside
 let like = ""; // the key of a picture of the gallery that the others should be like
+let wasLikely = true; // whether the last picture in the grid is likely
 let shown = -1; // position in keys of the picture in the viewer
 let lastCount = -1; // pictures that were there at the last look
 
@@ -61,7 +62,7 @@ async function search() {
 
 function clear() {
   asked += 1;
-  [keys, page, loading] = [[], 0, false];
+  [keys, page, loading, wasLikely] = [[], 0, false, true];
   at("grid").replaceChildren();
 }
 
@@ -84,8 +85,11 @@ async function loadMore() {
 }
 
 function showMatches(answer) {
-  if (page === 0) at("message").textContent = `Best of ${answer.of.toLocaleString()} pictures`;
+  const best = `best of ${answer.of.toLocaleString()} pictures`;
+  if (page === 0) at("message").textContent = answer.nothing ? `Probably nothing here; the ${best}` : `B${best.slice(1)}`;
   for (const match of answer.matches) {
+    if (!match.likely && wasLikely && !answer.nothing) at("grid").append(element("p", { className: "divider", textContent: "less likely" }));
+    wasLikely = match.likely;
     at("grid").append(tile(match, keys.length));
     keys.push(match.key);
   }
@@ -298,7 +302,7 @@ async function watch() {
 // ---- keys, drops, clicks ---------------------------------------------------------------------------------------------
 
 function moveFocus(step) {
-  const tiles = [...at("grid").children];
+  const tiles = [...at("grid").querySelectorAll(".tile")];
   const columns = getComputedStyle(at("grid")).gridTemplateColumns.split(" ").length;
   const steps = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns };
   const here = tiles.indexOf(document.activeElement);
@@ -354,7 +358,7 @@ at("classes").onsubmit = classify;
 at("close").onclick = () => at("viewer").close();
 at("viewer").onclick = (event) => event.target === at("viewer") && at("viewer").close();
 at("viewer").onclose = () => {
-  const tiles = at("grid").children;
+  const tiles = at("grid").querySelectorAll(".tile");
   const typing = document.activeElement.matches("input"); // the event comes late
   if (shown >= 0 && tiles[shown] && !typing) tiles[shown].focus();
 };

@@ -115,17 +115,17 @@ def test_a_name_that_is_missing_between_commas_and_an_export_of_several_are_refu
         inference.search(read_search(["--export", "onnx", "--run", f"{run},{other}"]))
 
 
-def test_an_ensemble_is_scored_and_calibrated_and_then_has_a_floor(run, other, tmp_path, monkeypatch, capsys):
+def test_an_ensemble_is_scored_and_calibrated_and_then_has_match_probabilities(run, other, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("evaluation.relevance.MIN_IMAGES", 20)
     monkeypatch.setattr("search.relevance.MIN_IMAGES", 20)
     flags = ["--run", f"{run},{other}", "--views", "2"]
     search = ["a red circle", *flags, "--cache-dir", str(tmp_path), "--output", str(tmp_path / "m.png")]
     inference.search(read_search(search))
-    assert f"python evaluate.py calibrate --run {run},{other} --views 2 learns it" in capsys.readouterr().out
+    assert f"python evaluate.py calibrate --run {run},{other} --views 2 learns them" in capsys.readouterr().out
     for task in (["retrieval"], ["calibrate", "--cache-dir", str(tmp_path)]):
         evaluate.main([*task, *flags])
     said = capsys.readouterr().out
-    assert "val: 24 images, 120 captions" in said and "relevance floor: on 12 images" in said
+    assert "val: 24 images, 120 captions" in said and "match probabilities: on 12 images" in said
     inference.search(read_search(search))
     assert "calibrate" not in capsys.readouterr().out
 
