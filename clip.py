@@ -28,7 +28,7 @@ from config import (
     without_paths,
 )
 from encoders import simple_tokenizer  # noqa: F401
-from encoders.build import load_pretrained, random_text_config
+from encoders.build import IMAGE_ADVICE, TEXT_ADVICE, load_pretrained, random_text_model, refused_in_a_line
 from encoders.hub import COPIED, WRITTEN, copy_run_files, fetch_run, require_copy_folder
 from encoders.hubness import load_hubness
 from encoders.openai import (  # noqa: F401  as clip.model.build_model
@@ -219,8 +219,9 @@ def create_model(config, captions):
             start = "" if config.text_encoder == "gpt2" else "[CLS]"  # GPT-2 reads no start token
             tokenizer = train_tokenizer(captions, config.vocab_size, config.max_length, start)
         sizes = config.text_width, config.text_layers, config.text_heads, tokenizer.get_vocab_size(), config.max_length
-        text_model = transformers.AutoModel.from_config(random_text_config(config.text_encoder, *sizes))
-    text_encoder = TextEncoder(text_model, config.pooling, config.text_feature_layers)
+        text_model = random_text_model(config.text_encoder, *sizes)
+    with refused_in_a_line(f"--text-encoder {config.text_encoder}", TEXT_ADVICE):
+        text_encoder = TextEncoder(text_model, config.pooling, config.text_feature_layers)
     tokenizer.enable_truncation(min(config.max_length, text_encoder.max_length))
     model = build_clip(config, image_encoder, text_encoder, tokenizer)
     set_scale_and_bias(model, config)
@@ -286,9 +287,11 @@ def settings_of_model(config, model):
 def create_image_encoder(config, weights, size=0):
     sizes = config.patch_size, config.image_width, config.image_layers, config.image_heads
     stages = tuple(filter(None, config.image_feature_stages.split(",")))
-    return ImageEncoder(
-        config.image_encoder, weights, size or config.size, sizes, stages, config.image_drop_path, config.fast_convolutions
-    )
+    size = size or config.size
+    with refused_in_a_line(f"--image-encoder {config.image_encoder} with --size {size}", IMAGE_ADVICE):
+        return ImageEncoder(
+            config.image_encoder, weights, size, sizes, stages, config.image_drop_path, config.fast_convolutions
+        )
 
 
 def build_clip(config, image_encoder, text_encoder, tokenizer):
@@ -324,13 +327,22 @@ def describe_encoders(model):
     return {"image": {"size": model.image_encoder.size}, "text": text, "pooling": model.text_encoder.pooling} | bias
 
 
+def weights_as_bytes(model):
+    """What a file of the model's weights holds. Tensors that share memory are written each for itself."""
+    state, places = {}, set()
+    for name, tensor in model.state_dict().items():
+        place = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if place in places else tensor.contiguous()
+        places.add(place)
+    return safetensors.torch.save(state)  # not save_file, which reports a full disk differently
+
+
 def save_weights(model, run_dir):
     """Writes run_dir/model.safetensors, and beside it what corrects the scores of these weights, if the model has it.
 
     What was learned, measured and drawn from other weights is removed first, so that after a kill nothing is mixed.
     """
-    state = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    contents = safetensors.torch.save(state)  # not save_file, which reports a full disk differently
+    contents = weights_as_bytes(model)
     path = Path(run_dir) / "model.safetensors"
     same_hubness = (model.hubness is not None) == Path(run_dir, HUBNESS_FILE).exists()
     if not (same_hubness and path.exists() and path.read_bytes() == contents):

@@ -21,7 +21,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else DistributedDataPar
 
 import torch
 
-from clip import create_model, load_weights, save_weights, settings_of_model
+from clip import load_weights, save_weights, settings_of_model
 from Datasets import flickr8k
 from encoders.stages import unfreeze_from
 from training import distributed
@@ -43,6 +43,7 @@ from training.state import create_state
 from training.steps import train_epoch
 from training.stream import open_stream, stream_files
 from training.trackers import Trackers, load_package
+from training.trial import create_tried_model
 from utils.cache import cache_line, note_use
 from utils.device import make_deterministic, pick_device, pick_dtype, speed_up_cpu
 from utils.files import remove_leftovers
@@ -54,7 +55,7 @@ def train(config):
     with distributed.main_process_first():
         table, image_dir, skipped = read_table(config)
         stream = open_stream(config)
-    model = create_model(config, stream.captions if stream else table["caption"][table["split"] == "train"])
+    model = create_tried_model(config, stream.captions if stream else table["caption"][table["split"] == "train"])
     config = settings_of_model(config, model)
     if config.image_unfreeze_from:
         unfreeze_from(model.image_encoder, config.image_unfreeze_from)

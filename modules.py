@@ -4,7 +4,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders.build import SIZED_KINDS, ends_in_attention_pool, input_config, plain_config, sized_image_encoder, timm_encoder
+from encoders.build import (
+    SIZED_KINDS,
+    ends_in_attention_pool,
+    input_config,
+    max_tokens,
+    plain_config,
+    sized_image_encoder,
+    text_encoder_of,
+    timm_encoder,
+)
 from encoders.convolution import speed_up
 from encoders.stages import multi_stage_features, multi_stage_width
 from utils.errors import UserError
@@ -103,7 +112,7 @@ class OpenClipImageEncoder(ImageEncoder):
 class TextEncoder(nn.Module):
     """Any Hugging Face text model as a text encoder: token ids to one feature vector per caption.
 
-    backbone: a transformers model whose output has last_hidden_state.
+    backbone: a transformers model whose output has last_hidden_state; of an encoder-decoder the encoder is taken.
     pooling: "first", "mean" (over the real tokens), "last" (real token), or "auto": last for causal models, mean for
     bidirectional ones.
     layers: how many of the last layers give features; they are concatenated, the last layer's first.
@@ -114,17 +123,18 @@ class TextEncoder(nn.Module):
 
     def __init__(self, backbone, pooling="auto", layers=1):
         super().__init__()
-        if layers > backbone.config.num_hidden_layers:
-            raise UserError(f"--text-feature-layers {layers}: this encoder has {backbone.config.num_hidden_layers}")
-        self.backbone = backbone
+        config = backbone.config  # of an encoder-decoder, so that `clip.load` builds it again
+        if layers > config.num_hidden_layers:
+            raise UserError(f"--text-feature-layers {layers}: this encoder has {config.num_hidden_layers}")
+        self.backbone = backbone = text_encoder_of(backbone)
         if getattr(backbone, "pooler", None) is not None:
             backbone.pooler = None  # unused; its parameters would get no gradient, which distributed training needs
         self.layers = layers
-        self.width = layers * backbone.config.hidden_size
-        self.max_length = getattr(backbone.config, "max_position_embeddings", None) or 10**6
-        causal = backbone.config.model_type != "cbow" and self.is_causal()  # no token of a bag of words sees another
+        self.width = layers * config.hidden_size
+        self.max_length = max_tokens(backbone)
+        causal = config.model_type != "cbow" and self.is_causal()  # no token of a bag of words sees another
         self.pooling = pooling if pooling != "auto" else "last" if causal else "mean"
-        self.architecture = {"config": plain_config(backbone.config), "pooling": self.pooling, "layers": layers}
+        self.architecture = {"config": plain_config(config), "pooling": self.pooling, "layers": layers}
 
     @torch.no_grad()
     def is_causal(self):

@@ -1,6 +1,8 @@
 """Create encoders from a name, a weight file or sizes: timm for images, Hugging Face for text."""
 
+import contextlib
 import logging
+import re
 from functools import partial
 from pathlib import Path
 
@@ -15,16 +17,39 @@ from timm.models.vision_transformer import VisionTransformer
 
 from encoders import cbow, text_mixer  # noqa: F401  they register their model types with transformers
 from encoders.hub import from_hub
-from utils.errors import UserError
+from utils.errors import OUT_OF_MEMORY, UserError
 
 RESNET_STRIDE = 32  # input pixels per position of the last feature map of the paper's ResNet
 SIZED_KINDS = ("vit", "mixer", "modified_resnet")  # image encoders that can be built in any size
 
 FILE_KEYS = ("_name_or_path", "transformers_version", "dtype", "architectures")  # in a configuration, not about the model
 
+IMAGE_ADVICE = "choose another image encoder, or another --size (0: its own)"
+TEXT_ADVICE = "choose another text encoder, such as bert, distilbert, roberta or t5"
+
 transformers.logging.set_verbosity_error()  # else it warns of unused weights and missing heads
 transformers.logging.disable_progress_bar()
 logging.getLogger("timm").setLevel(logging.CRITICAL)  # its errors are also raised as exceptions
+
+
+@contextlib.contextmanager
+def refused_in_a_line(model, advice):
+    """A context in which what a library's model raises, of any type, becomes a UserError of one line.
+
+    model: the flag and its value. A lack of memory is no fault of the model, and stays what it is.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if OUT_OF_MEMORY.search(str(error)):
+            raise
+        lines = [re.sub(r"^\w+Error: ", "", line.strip()).rstrip(".") for line in str(error).split("\n") if line.strip()]
+        lines = [line for line in lines if not line.endswith(":")]  # headings
+        named = bool(lines) and not isinstance(error, (AttributeError, TypeError, KeyError))  # these speak of its code only
+        reason = lines[0][:160] if named else "it takes or returns something else than encoders do"
+        raise UserError(f"{model}: cannot be used ({reason}); {advice}") from None
 
 
 def timm_encoder(name, weights, drop_path=0.0):
@@ -117,24 +142,60 @@ def sized_image_encoder(kind, size, patch_size, width, layers, heads, drop_path=
     return VisionTransformer(depth=layers, num_heads=heads, pre_norm=True, norm_layer=norm, act_layer="quick_gelu", **shape)
 
 
-def random_text_config(model_type, width, layers, heads, vocab_size, max_length):
-    """The configuration of an untrained Hugging Face text encoder. Raises UserError for an unknown type.
+def random_text_model(model_type, width, layers, heads, vocab_size, max_length):
+    """An untrained Hugging Face text model for max_length tokens. Raises UserError for a type that is unknown or not of text.
 
     model_type: Hugging Face's name of the architecture; "clip" is the paper's causal Transformer.
     """
-    try:
-        config = transformers.AutoConfig.for_model("clip_text_model" if model_type == "clip" else model_type)
-    except ValueError:
+    with refused_in_a_line(f"--text-encoder {model_type} with --text-weights random", TEXT_ADVICE):
+        config = random_text_config(model_type, width, layers, heads, vocab_size, max_length)
+        model = transformers.AutoModel.from_config(config)
+        missing = max_length - max_tokens(model)
+        if missing > 0:  # some positions are never used, as RoBERTa's first ones
+            config.max_position_embeddings += missing
+            model = transformers.AutoModel.from_config(config)
+    return model
+
+
+def random_text_config(model_type, width, layers, heads, vocab_size, max_length):
+    """The configuration of an untrained Hugging Face text encoder, as for `random_text_model`."""
+    if model_type != "clip" and model_type not in transformers.CONFIG_MAPPING:
         raise UserError(
             f"--text-encoder {model_type}: random weights need a model type: clip, mixer, cbow, distilbert, bert, gpt2, ..."
-        ) from None
+        )
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    config = transformers.AutoConfig.for_model("clip_text_model" if model_type == "clip" else model_type, **sizes)
     config.vocab_size = vocab_size
-    config.hidden_size, config.num_hidden_layers, config.num_attention_heads = width, layers, heads
-    config.max_position_embeddings = max_length
-    for feed_forward in ("hidden_dim", "intermediate_size"):  # the name depends on the architecture
-        if hasattr(config, feed_forward):
-            setattr(config, feed_forward, 4 * width)
+    with contextlib.suppress(NotImplementedError):  # XLNet has no limit, and refuses to be given one
+        config.max_position_embeddings = max_length
+    same_sizes = {"num_key_value_heads": heads, "word_embed_proj_dim": width}
+    feed_forward = ("hidden_dim", "intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "d_inner")
+    for name, value in (same_sizes | dict.fromkeys(feed_forward, 4 * width)).items():  # the names depend on the architecture
+        if hasattr(config, name):
+            setattr(config, name, value)
+    for name in ("decoder_layers", "num_decoder_layers"):  # is not used, `text_encoder_of`
+        if hasattr(config, name):
+            setattr(config, name, 1)
+    if getattr(config, "pad_token_id", None) and model_type != "clip":
+        config.pad_token_id = 0  # as of the tokenizers trained here
+    for name in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id", "decoder_start_token_id"):
+        if isinstance(getattr(config, name, None), int) and getattr(config, name) >= vocab_size:
+            setattr(config, name, 0)  # it is of another vocabulary, and not used
     return config
+
+
+def text_encoder_of(model):
+    """The part of a Hugging Face model that reads texts: the encoder of an encoder-decoder, such as T5's; else all of it."""
+    return model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else model
+
+
+def max_tokens(model):
+    """How many tokens a Hugging Face text model takes; 10**6 where it has no limit."""
+    lengths = (getattr(model.config, name, None) for name in ("max_encoder_position_embeddings", "max_position_embeddings"))
+    limit = next((length for length in lengths if length and length > 0), 10**6)
+    tables = [module for name, module in model.named_modules() if name.endswith("position_embeddings")]
+    padding = [table.padding_idx for table in tables if getattr(table, "padding_idx", None) is not None]
+    return limit - max(padding, default=-1) - 1  # RoBERTa's kind counts positions from behind the padding's number
 
 
 def plain_config(config):

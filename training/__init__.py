@@ -19,4 +19,5 @@ state.py           everything that training changes: created, saved and restored
 steps.py           one epoch, and its training steps
 stream.py          training on shards: batches of their pictures, and validation pictures
 trackers.py        send figures to TensorBoard, Weights & Biases, MLflow and trackio
+trial.py           try a model before any picture is decoded
 """

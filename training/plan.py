@@ -9,7 +9,7 @@ import pandas as pd
 import psutil
 import torch
 
-from clip import create_model, loss_over_captions
+from clip import loss_over_captions
 from config import SHAPES, heads_config, is_stream, trains_heads_first
 from dataset import pad
 from Datasets import shapes
@@ -22,6 +22,7 @@ from training.feature_cache import activation_bytes
 from training.gradient_cache import frozen_batch_norm_statistics
 from training.optimization import parameter_groups
 from training.stream import open_stream
+from training.trial import create_tried_model
 from utils.cache import free_space
 from utils.device import autocast, pick_device, pick_dtype
 from utils.errors import UserError
@@ -42,7 +43,7 @@ def print_plan(config, flickr8k_dir):
     with tempfile.TemporaryDirectory() as folder:
         table, image_dir = read_planned(config, flickr8k_dir, folder)
         config = fit_batch(config, num_images(table, "train"), image_dir)
-        model = create_model(config, table["caption"][table["split"] == "train"])
+        model = create_tried_model(config, table["caption"][table["split"] == "train"])
         decoded = ["val"] if is_stream(config.data_dir) else ["train", "val"]
         used = table["image"][table["split"].isin(decoded)].unique()
         pixels = decoded_bytes([image_dir / name for name in used], model.image_encoder.size, model.image_encoder.resize)

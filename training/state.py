@@ -194,7 +194,7 @@ def create_state(config, model, splits, device, dtype):
         model.text_encoder.backbone.compile(dynamic=True)  # not the code around it, which groups captions by length
     groups = parameter_groups(model, config)
     if config.gan == "joint":
-        joint = Joint(config.projection_dim, generated_per_batch(config), config.gan_weight, device, dtype)
+        joint = Joint(model.image_projection.out_features, generated_per_batch(config), config.gan_weight, device, dtype)
         groups.append(joint.parameter_group)
     return TrainState(
         config=config,

@@ -453,3 +453,11 @@ def test_text_that_openai_would_cut_keeps_its_end():
     tokenizer = openai_tokenizer(8)
     ids = tokenizer.encode("a very long caption of a photo " * 3).ids
     assert len(ids) == 8 and ids[-1] == 49407
+
+
+def test_a_generator_trains_with_a_model_of_another_width(families, small_flags):
+    flags = small_flags(
+        model=f"open_clip:small-clip@{families['clip']}", gan="joint", epochs=1, projection_dim=24, batch_size=16
+    )
+    model = main.train(parse_config(flags, "open_clip")[0])
+    assert model.image_projection.out_features == 48
