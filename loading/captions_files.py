@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from loading.columns import caption_columns, captions_in_cell, image_column, plain_column
-from loading.names import is_junk
 from loading.splits import SPLIT_NAMES, column_splits, read_karpathy
 from loading.tables import read_table
 from utils.errors import UserError
 from utils.files import read_text
+from utils.folders import is_hidden_path
 from utils.formats import PICTURE_ENDINGS
 
 CAPTION_FILES = ["captions.txt", "captions.csv", "Flickr8k.token.txt", "dataset_flickr8k.json", "results.csv"]
@@ -53,11 +53,11 @@ def find_captions(data_dir):
                 return [folder / name]
         if several := tables_of_splits(folder) or sorted(folder.glob("captions_*.json"))[:1]:  # the second: COCO's
             return several
-    below = [path for name in CAPTION_FILES for path in data_dir.glob(f"*/{name}") if not is_junk(f"{path.parent.name}/{name}")]
+    below = [path for name in CAPTION_FILES for path in data_dir.glob(f"*/{name}") if not is_hidden_path(path.parent.name)]
     if below and (len(below) == 1 or all(split_word(path.parent.name) for path in below)):
         return sorted(below)
     for ending in (".csv", ".tsv", ".jsonl", ".json"):
-        tables = sorted(path for path in data_dir.glob(f"*{ending}") if not is_junk(path.name))
+        tables = sorted(path for path in data_dir.glob(f"*{ending}") if not is_hidden_path(path.name))
         if len(tables) == 1:
             return tables
     if texts := texts_beside_pictures(data_dir):
@@ -75,7 +75,7 @@ def split_word(name):
 
 def tables_of_splits(folder):
     """The tables of a folder that are named after at least two splits; of COCO's JSON files those with captions only."""
-    tables = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in TABLES and not is_junk(path.name)]
+    tables = [path for path in sorted(folder.glob("*")) if path.suffix.lower() in TABLES and not is_hidden_path(path.name)]
     tables = [path for path in tables if split_word(path.stem) and path.is_file()]
     tables = [path for path in tables if path.name.startswith("captions")] or tables
     return tables if len({split_word(path.stem) for path in tables}) > 1 else []
@@ -83,7 +83,7 @@ def tables_of_splits(folder):
 
 def texts_beside_pictures(data_dir):
     """The text files below a folder that have the name of a picture there, in the same folder or another."""
-    files = [path for path in sorted(data_dir.rglob("*")) if not is_junk(path.relative_to(data_dir).as_posix())]
+    files = [path for path in sorted(data_dir.rglob("*")) if not is_hidden_path(path.relative_to(data_dir).as_posix())]
     pictures = {path.stem for path in files if path.suffix.lower() in PICTURE_ENDINGS}
     return [path for path in files if path.suffix.lower() in TEXTS and path.stem in pictures and path.is_file()]
 

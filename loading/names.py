@@ -7,16 +7,10 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
+from utils.folders import is_hidden_path
 from utils.formats import PICTURE_ENDINGS
 
 SAME_PATH = ("with other slashes", "by their paths")  # ways in which only the spelling of a path differs
-JUNK_FOLDERS = {"__MACOSX", "@eaDir", ".ipynb_checkpoints"}  # systems and programs write these beside a user's files
-
-
-def is_junk(path):
-    """Whether a relative path is that of a file which no user put there."""
-    *folders, name = path.split("/")
-    return name.startswith("._") or name in ("Thumbs.db", ".DS_Store") or not JUNK_FOLDERS.isdisjoint(folders)
 
 
 def plain(name):
@@ -38,8 +32,8 @@ class Names:
 
     def __init__(self, image_dir, base):
         self.image_dir, self.base, self.found, self.how = Path(image_dir), Path(base), {}, {}
-        files = (path.relative_to(image_dir).as_posix() for path in self.image_dir.rglob("*") if path.is_file())
-        self.files = {name for name in files if not is_junk(name)}
+        self.all = {path.relative_to(image_dir).as_posix() for path in self.image_dir.rglob("*") if path.is_file()}
+        self.files = {name for name in self.all if not is_hidden_path(name)}
         self.by_last, self.by_stem, self.by_number = defaultdict(list), defaultdict(list), defaultdict(list)
         for name in sorted(self.files):
             last = plain(name.rpartition("/")[2])
@@ -52,7 +46,7 @@ class Names:
 
     def find(self, name):
         """The file of a name: a path relative to image_dir, or an absolute one outside; None where no file is plainly meant."""
-        if name in self.files:
+        if name in self.all:  # also a hidden one: who writes its name out means it
             return name
         if name not in self.found:
             self.found[name], self.how[name] = self.search(name)
@@ -62,7 +56,7 @@ class Names:
         """(file or None, how it was found)."""
         written = re.sub(r"#\d+$", "", name.replace("\\", "/"))
         written = re.sub(r"^(\./)+|(?<=/)(\./)+|(?<=[^:/]/)/+", "", written)
-        if written in self.files:
+        if written in self.all:
             return written, "with other slashes"
         for path in [self.base / written, self.image_dir.parent / written]:  # an absolute path stays as it is
             try:
@@ -100,16 +94,16 @@ class Names:
                 exact = name == file or self.how[name] in SAME_PATH
                 meant[file].add(file if exact else plain(name))
         for name in names:
-            loose = name not in self.files and self.found[name] and self.how[name] not in SAME_PATH
+            loose = name not in self.all and self.found[name] and self.how[name] not in SAME_PATH
             if loose and len(meant[self.found[name]]) > 1:
                 self.found[name] = None
 
     def lines(self, where, names):
         """A line on how some names were found, if not all are those of files."""
-        how = Counter(self.how[name] for name in names if name not in self.files and self.found[name])
+        how = Counter(self.how[name] for name in names if name not in self.all and self.found[name])
         if not how:
             return []
-        example = next(name for name in names if name not in self.files and self.found[name])
+        example = next(name for name in names if name not in self.all and self.found[name])
         counts = ", ".join(f"{count:,} {words}" for words, count in how.items())
         return [f"{where}: names of images were matched to files: {counts} ({example} is {self.found[example]})"]
 

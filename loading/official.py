@@ -50,10 +50,10 @@ def caution(splits, is_hashed):
         return ""
     development = [image for image, split in official.items() if split == "val"]
     trained = sum(splits[image] == "train" for image in development)
+    looked_for = f" (of {len(development)} official development images that were looked for, {trained} are for training)"
     return (
-        f"Flickr8k without its official split ({trained} of {len(development)} official development images that were looked "
-        "for are trained on): no score of this run may stand beside a published one; put "
-        f"{LIST.format('train')}, {LIST.format('dev')} and {LIST.format('test')} beside the captions"
+        f"Flickr8k without its official split{looked_for if development else ''}: no score of this run may stand beside a "
+        f"published one; put the lists {LIST.format('train')}, dev and test, beside the captions"
     )
 
 

@@ -91,8 +91,8 @@ def with_keys(files):
 def captions_of(texts, column):
     """The captions of one key, none twice. texts: {ending: bytes}. Raises ValueError where a text cannot be read.
 
-    The lines of a text are captions, but not where KEY.json has the same words as one: img2dataset writes each caption into
-    both files, with its line breaks.
+    Each line of a text is a caption, as in a folder of 1.jpg and 1.txt, but not where KEY.json has the same words as one:
+    img2dataset writes each caption into both files, with its line breaks.
     """
     lines, named = [], []
     for field, contents in texts.items():
@@ -104,7 +104,7 @@ def captions_of(texts, column):
     if column and column not in texts and any(field.endswith("json") for field in texts):
         return list(dict.fromkeys(named))  # a name in KEY.json was asked for
     words = {" ".join(caption.split()).lower() for caption in named}
-    found = [line for text in lines if " ".join(text.split()).lower() not in words for line in text.splitlines()]
+    found = [line for text in lines if " ".join(text.split()).lower() not in words for line in re.split(r"\r\n|\r|\n", text)]
     return list(dict.fromkeys([*filter(None, map(str.strip, found)), *named]))
 
 

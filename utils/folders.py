@@ -58,6 +58,11 @@ def is_hidden(name):
     return name.startswith(".") or name.lower() in FOREIGN
 
 
+def is_hidden_path(path):
+    """Whether a relative path, with slashes, leads to a file that is hidden, or into a folder that is."""
+    return any(map(is_hidden, path.split("/")))
+
+
 def may_be_picture(name):
     """Whether a file of this name can be a picture; it is opened to see, where the ending says nothing."""
     return not is_hidden(name) and os.path.splitext(name)[1].lower() not in OTHER_ENDINGS
@@ -157,4 +162,4 @@ def is_inside(link, real_root):
     """Whether a link leads to a file that the walk through a real folder finds under the file's own name."""
     path = os.path.realpath(link)
     below = os.path.join(real_root, "")
-    return path.startswith(below) and not any(map(is_hidden, path[len(below) :].split(os.sep)))
+    return path.startswith(below) and not is_hidden_path(path[len(below) :].replace(os.sep, "/"))

@@ -189,5 +189,13 @@ def test_columns_that_are_named_are_taken(folder):
 
 def test_rubbish_beside_the_files_is_no_picture(folder):
     write(folder, LAYOUTS["names without endings"] | {f"Images/._{name}": b"" for name in CAPTIONS} | {"._captions.csv": b"\0"})
-    write(folder, {"Images/@eaDir/0.jpg": b"", "Images/__MACOSX/1.jpg": b""})
+    write(
+        folder,
+        {"Images/@eaDir/0.jpg": b"", "Images/__MACOSX/1.jpg": b"", "Images/$RECYCLE.BIN/2.jpg": b"", "Images/.t/0.jpg": b""},
+    )
     assert set(load_captions(folder)[0]["image"]) == set(CAPTIONS)
+
+
+def test_a_hidden_picture_that_is_named_is_taken(folder):
+    write(folder, {"captions.csv": "image,caption\n.mine/0.jpg,a dog\n", "Images/.mine/0.jpg": b""})
+    assert list(load_captions(folder)[0]["image"]) == [".mine/0.jpg"]
