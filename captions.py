@@ -33,6 +33,16 @@ def is_english(captions):
     return 10 * sum(word in ENGLISH for word in words) >= len(words)
 
 
+def may_be_sided(captions):
+    """Whether captions may say left or right in another language than English; a line then says that --hflip is off."""
+    if is_english(captions):
+        return False
+    print(
+        "--hflip: off, as the captions are not English, and may say left or right; --flip-left-right flips anyway", flush=True
+    )
+    return True
+
+
 def load_captions(data_dir="", image_path="", captions_path="", skip_bad=False, columns=("", "")):
     """Reads a data folder.
 

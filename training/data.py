@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch.utils.data import DataLoader, Subset
 
-from captions import image_positions, is_english, load_captions, load_generated, mentions_left_or_right
+from captions import image_positions, load_captions, load_generated, may_be_sided, mentions_left_or_right
 from config import SHAPES, AtMost, generated_per_batch, is_stream
 from dataset import CLIPDataset, PairSampler, RepeatingSampler, collate
 from Datasets import flickr8k, shapes
@@ -222,8 +222,7 @@ def train_loader(config, model, split, device):
     )
     no_flip = None
     if config.hflip:
-        if unknown := not (config.flip_left_right or is_english(split.captions)):
-            print("--hflip: off, as the captions are not English, and may say left or right; --flip-left-right flips anyway")
+        unknown = not config.flip_left_right and may_be_sided(split.captions)
         no_flip = [unknown or not config.flip_left_right and mentions_left_or_right(caption) for caption in split.captions]
     size, keys = model.image_encoder.size, (split.image_key, split.text_key)
     dataset = CLIPDataset(split.images, split.texts, size, config.crop, no_flip, *keys)

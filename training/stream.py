@@ -11,7 +11,7 @@ Each process has shards of its own. Each epoch has another order of them, and bl
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from captions import load_captions, mentions_left_or_right
+from captions import load_captions, may_be_sided, mentions_left_or_right
 from config import is_stream
 from dataset import CLIPDataset, pad
 from embedding import token_ids
@@ -224,6 +224,8 @@ class StreamLoader:
     def __init__(self, stream, config, model):
         self.config, self.tokenizer, self.reported = config, model.tokenizer, set(stream.index.problems)
         self.batch_sampler = StreamSampler(stream, config)
+        if config.hflip and not config.flip_left_right and may_be_sided(stream.captions):
+            config = replace(config, hflip=False)
         self.crops = RecordCrops(config, model.image_encoder.size, model.image_encoder.resize)
         workers = min(config.num_workers, os.cpu_count() or 1)
         options = {"num_workers": workers, "persistent_workers": workers > 0, "collate_fn": collate_crops}

@@ -562,3 +562,19 @@ def test_a_full_disk_leaves_no_shards(sample, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot be written .*No space left"):
         write_shards(WriteShards(str(sample), str(tmp_path / "shards")))
     assert not list(tmp_path.glob("shards*"))
+
+
+def test_lines_are_captions_and_other_breaks_are_none(tmp_path):
+    write_tar(tmp_path / "a.tar", [("1.jpg", png(1)), ("1.txt", "a dog\u2028runs\r\na\x0ccat\n".encode())])
+    [record] = Shards(f"{tmp_path}/*.tar").read(0)
+    assert record.captions == ["a dog\u2028runs", "a\x0ccat"]
+
+
+@pytest.mark.parametrize("captions, flips", [("un perro corre a la izquierda", False), ("a dog runs on the beach", True)])
+def test_crops_of_shards_are_flipped_beside_english_captions_only(config_of, model, tmp_path, capsys, captions, flips):
+    write_tar(tmp_path / "a.tar", [m for i in range(8) for m in ((f"{i}.png", png(i)), (f"{i}.txt", captions.encode()))])
+    config = replace(config_of(batch_size=4), data_dir=f"{tmp_path}/*.tar", hflip=True)
+    for asked, expected in ((False, flips), (True, True)):
+        loader = StreamLoader(open_stream(config), replace(config, flip_left_right=asked), model)
+        assert loader.crops.config.hflip is expected
+    assert ("--hflip: off" in capsys.readouterr().out) is not flips
