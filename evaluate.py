@@ -21,7 +21,8 @@ def retrieval(options):
     from evaluation.splits import embed_pairs, select_rows
 
     data_paths = options.data_dir, options.image_path, options.captions_path
-    rows = select_rows(options.run, data_paths, options.split, options.skip_bad)
+    columns = options.image_column, options.caption_column
+    rows = select_rows(options.run, data_paths, options.split, options.skip_bad, columns)
     opened = open_model(options.run, options.device, options.precision, options.views)
     I_v, T_v, image_of_text, captions, paths = embed_pairs(opened, rows, options.skip_bad, options.num_workers)
     right = right_pairs(image_of_text, number_captions(captions), len(paths))
@@ -51,7 +52,8 @@ def match(options):
     from utils.plots import draw_similarity
 
     data_paths = options.data_dir, options.image_path, options.captions_path
-    rows = select_rows(options.run, data_paths, options.split, options.skip_bad)
+    columns = options.image_column, options.caption_column
+    rows = select_rows(options.run, data_paths, options.split, options.skip_bad, columns)
     opened = open_model(options.run, options.device, options.precision)
     similarity, image_of_text, captions, paths = embed_rows(opened, rows, options.skip_bad, options.num_workers)
     if len(paths) < options.choices:

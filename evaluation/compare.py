@@ -30,7 +30,10 @@ def compare(options):
     pictures = find_pictures(options.images, options.classes) if options.images else None
     # All rows are read first, so that a missing run or data set is seen before the first model is scored.
     data_paths = options.data_dir, options.image_path, options.captions_path
-    chosen = {name: select_rows(name, data_paths, options.split, options.skip_bad) for name in dict.fromkeys(options.run)}
+    columns = options.image_column, options.caption_column
+    chosen = {
+        name: select_rows(name, data_paths, options.split, options.skip_bad, columns) for name in dict.fromkeys(options.run)
+    }
     chosen, results = same_images(chosen), {}
     for name, rows in chosen.items():
         opened = open_model(name, options.device, options.precision)

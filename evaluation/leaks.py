@@ -28,7 +28,11 @@ def near_duplicates(paths, num_workers=0):
 
 def leaks(options):
     """Finds pictures that are in two splits: the same file name, or near-duplicates, which are the same photograph."""
-    table, image_dir, _ = load_captions(options.data_dir, options.image_path, options.captions_path)
+    paths, columns = (
+        (options.data_dir, options.image_path, options.captions_path),
+        (options.image_column, options.caption_column),
+    )
+    table, image_dir, _ = load_captions(*paths, columns=columns)
     names = {split: sorted(set(rows["image"])) for split, rows in table[table["split"] != ""].groupby("split")}
     place = {str(image_dir / name): (split, name) for split in names for name in names[split]}
     results = {"images": {split: len(names[split]) for split in names}, "same_name": [], "near_duplicates": []}
@@ -40,6 +44,7 @@ def leaks(options):
         if len(found) == 2:
             results["near_duplicates"].append(found | {"differing_bits": bits})
     print(", ".join(f"{count:,} {split}" for split, count in results["images"].items()), "images")
+    print("\n".join(table.attrs["split"].lines()))
     print(f"in two splits: {len(results['same_name'])} file names, {len(results['near_duplicates'])} near-duplicates")
     for pair in results["near_duplicates"][:NUM_SHOWN]:
         print("  " + ", ".join(f"{key} {value}" for key, value in pair.items()))

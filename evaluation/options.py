@@ -18,6 +18,8 @@ class Retrieval:
     data_dir: str = ""  # folder with Images/ and a captions file; empty: the data that the run was trained on
     image_path: str = ""  # folder of the images, if it is not in data_dir
     captions_path: str = ""  # captions file, if it is not in data_dir
+    image_column: str = ""  # the captions file's column of images; empty: one with a usual name, such as image
+    caption_column: str = ""  # its column of captions; empty: those with usual names, such as caption
     split: SplitName = "val"  # which images to score; all: every image of the data set
     views: Views = 1  # crops of each picture to embed and average: more recall for as many times the time; search with the same
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping
@@ -35,6 +37,8 @@ class Match:
     data_dir: str = ""  # folder with Images/ and a captions file; empty: the data that the run was trained on
     image_path: str = ""  # folder of the images, if it is not in data_dir
     captions_path: str = ""  # captions file, if it is not in data_dir
+    image_column: str = ""  # the captions file's column of images; empty: one with a usual name, such as image
+    caption_column: str = ""  # its column of captions; empty: those with usual names, such as caption
     split: SplitName = "val"  # which images to score; all: every image of the data set
     choices: int = 4  # captions to choose from for each image; one is its own
     seed: int = 0  # of the random choice of captions
@@ -107,6 +111,8 @@ class Compare:
     data_dir: str = ""  # folder with Images/ and a captions file; empty: the data that each run was trained on
     image_path: str = ""  # folder of the images, if it is not in data_dir
     captions_path: str = ""  # captions file, if it is not in data_dir
+    image_column: str = ""  # the captions file's column of images; empty: one with a usual name, such as image
+    caption_column: str = ""  # its column of captions; empty: those with usual names, such as caption
     split: SplitName = "val"  # which images to score; all: every image of the data set
     images: str = ""  # folder with one subfolder of pictures per class, for zero-shot accuracy
     classes: str = ""  # file of all class names, one per line; empty: the names of the subfolders
@@ -131,6 +137,8 @@ class Calibrate:
     data_dir: str = ""  # folder with Images/ and a captions file; empty: the data that the run was trained on
     image_path: str = ""  # folder of the images, if it is not in data_dir
     captions_path: str = ""  # captions file, if it is not in data_dir
+    image_column: str = ""  # the captions file's column of images; empty: one with a usual name, such as image
+    caption_column: str = ""  # its column of captions; empty: those with usual names, such as caption
     split: SplitName = "val"  # which images to learn from; all: every image of the data set
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping
     views: Views = 1  # crops of each picture to embed and average, as in the searches to come
@@ -150,6 +158,8 @@ class Leaks:
     data_dir: str = ""  # folder with Images/ and a captions file
     image_path: str = ""  # folder of the images, if it is not in data_dir
     captions_path: str = ""  # captions file, if it is not in data_dir
+    image_column: str = ""  # the captions file's column of images; empty: one with a usual name, such as image
+    caption_column: str = ""  # its column of captions; empty: those with usual names, such as caption
     num_workers: int = 4  # threads that decode pictures
     json: str = ""  # file for the results
 

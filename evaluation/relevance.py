@@ -206,7 +206,8 @@ def calibrate(options):
     from evaluation.splits import embed_pairs, select_rows
 
     data_paths = options.data_dir, options.image_path, options.captions_path
-    rows = select_rows(options.run, data_paths, options.split, options.skip_bad)
+    columns = options.image_column, options.caption_column
+    rows = select_rows(options.run, data_paths, options.split, options.skip_bad, columns)
     opened = open_model(options.run, options.device, options.precision, options.views)
     I_v, _, image_of_text, captions, _ = embed_pairs(opened, rows, options.skip_bad, options.num_workers)
     folder = relevance_folder(options.run, options.cache_dir, options.views)

@@ -38,12 +38,12 @@ def embed_pairs(opened, rows, skip_bad, num_workers):
     return I_v, T_v, image_of_text, captions, [image_dir / name for name in names]
 
 
-def select_rows(run, data_paths, split, skip_bad):
+def select_rows(run, data_paths, split, skip_bad, columns=("", "")):
     """The captions of a split; val and test without images that the run, or one of an ensemble's, was trained on.
 
     Arguments and result: as for `rows_of_run`.
     """
-    chosen = same_images({name: rows_of_run(name, data_paths, split, skip_bad) for name in run_names(run)})
+    chosen = same_images({name: rows_of_run(name, data_paths, split, skip_bad, columns) for name in run_names(run)})
     return next(iter(chosen.values()))
 
 
@@ -64,15 +64,17 @@ def same_images(chosen):
     return rows
 
 
-def rows_of_run(run, data_paths, split, skip_bad):
+def rows_of_run(run, data_paths, split, skip_bad, columns=("", "")):
     """The captions of a split; val and test without images that a run was trained on.
 
     data_paths: (data_dir, image_path, captions_path); if all are empty, the data that the run was trained on.
+    columns: as for `load_captions`; empty, for the run's own data: the run's.
     Returns (table, image_dir, number of unusable rows that were left out). Raises UserError if the table would be empty.
     """
     config = None if is_model_name(run) else load_run(run)["config"]
     own_data = not any(data_paths)
-    columns = (config.image_column, config.caption_column) if config and own_data else ("", "")
+    if config and own_data:
+        columns = columns[0] or config.image_column, columns[1] or config.caption_column
     if own_data:
         if not config:
             raise UserError(f"--run {run}: has no data of its own; name a data set with --data-dir")

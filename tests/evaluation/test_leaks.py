@@ -68,3 +68,20 @@ def test_a_folder_that_is_not_named_and_a_broken_picture_end_in_a_line(folder, e
     (folder / "Images" / "3.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"3\.png"):
         evaluate_here("leaks", "--data-dir", folder)
+
+
+def test_the_split_rule_and_columns_with_other_names_are_taken(folder, evaluate_here, capsys):
+    table = (folder / "captions.txt").read_text().replace("image,caption", "bild,satz")
+    (folder / "captions.txt").write_text(table)
+    with pytest.raises(UserError, match="--image-column and --caption-column"):
+        evaluate_here("leaks", "--data-dir", folder)
+    evaluate_here("leaks", "--data-dir", folder, "--image-column", "bild", "--caption-column", "satz")
+    assert "2 test, 2 train, 2 val images\nsplit: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", ["retrieval", "match", "calibrate", "compare"])
+def test_every_task_that_reads_a_captions_file_takes_names_of_columns(run, folder, evaluate_here, task):
+    """A column that is not there is named, so the flag has reached the reader."""
+    runs = [run, "RN50"] if task == "compare" else [run]
+    with pytest.raises(UserError, match="no image and caption columns"):
+        evaluate_here(task, "--run", *runs, "--data-dir", folder, "--image-column", "image", "--caption-column", "satz")
