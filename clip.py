@@ -29,7 +29,7 @@ from config import (
 )
 from encoders import simple_tokenizer  # noqa: F401
 from encoders.build import IMAGE_ADVICE, TEXT_ADVICE, load_pretrained, random_text_model, refused_in_a_line
-from encoders.hub import COPIED, WRITTEN, copy_run_files, fetch_run, require_copy_folder
+from encoders.hub import COPIED, OF_WEIGHTS, WRITTEN, copy_run_files, fetch_run, require_copy_folder
 from encoders.hubness import load_hubness
 from encoders.openai import (  # noqa: F401  as clip.model.build_model
     OpenAINames,
@@ -49,9 +49,6 @@ from utils.device import pick_device
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# In a run folder, what is true of these weights alone
-OF_WEIGHTS = (HUBNESS_FILE, "relevance.json", "references.npy", "reference-words.npy", "relevance.png", "README.md")
-OF_WEIGHTS += ("matches.png", "similarity.png", "tradeoff.csv", "tradeoff.png")
 last_tokenizer = None  # of the last model that `load` returned, for `tokenize`
 MAX_LOGIT_SCALE = math.log(100)  # the paper never scales logits by more than 100
 
@@ -107,6 +104,11 @@ class CLIPModel(nn.Module, OpenAINames, huggingface_hub.ModelHubMixin):
         save_weights(self, save_directory)
         if options.pop("push_to_hub", False):
             return self.push_to_hub(**{"repo_id": Path(save_directory).name} | options)
+
+    def push_to_hub(self, repo_id, *, delete_patterns=(), **options):
+        """huggingface_hub's call: uploads a copy of the run, and removes there what belongs to weights pushed before."""
+        patterns = [delete_patterns] if isinstance(delete_patterns, str) else delete_patterns or ()
+        return super().push_to_hub(repo_id, delete_patterns=[*OF_WEIGHTS, *patterns], **options)
 
     def _save_pretrained(self, save_directory):
         """Called by huggingface_hub's save_pretrained and push_to_hub. Local paths are not written."""

@@ -12,8 +12,11 @@ from utils.errors import UserError
 
 NEEDED = "config.json", "model.safetensors", "tokenizer.json"  # without which a run folder cannot be loaded
 WRITTEN = "config.json", "model.safetensors", HUBNESS_FILE  # of the model
-OF_WEIGHTS = "relevance.json", "references.npy", "reference-words.npy"  # `search.relevance` learned them with these weights
-COPIED = "tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png", *OF_WEIGHTS  # of the run
+# What is true of a run folder's weights alone: learned, measured or drawn with them.
+RELEVANCE = "relevance.json", "references.npy", "reference-words.npy"  # of `search.relevance`
+OF_WEIGHTS = HUBNESS_FILE, *RELEVANCE, "relevance.png", "README.md", "matches.png", "similarity.png"
+OF_WEIGHTS += ("tradeoff.csv", "tradeoff.png")
+COPIED = "tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png", *RELEVANCE  # of the run
 HUB_TIMEOUT = 5  # seconds to wait for a model hub's first answer
 
 
@@ -85,7 +88,10 @@ def fetch_run(name, **options):
 
 
 def copy_run_files(run_dir, folder):
-    """Copies what belongs to a run into a folder that has the model's weights; of other weights than the run's no floor."""
+    """Copies what belongs to a run into a folder that has a model's weights.
+
+    Where these are not the run's, what is OF_WEIGHTS is left out.
+    """
     weights = [Path(place, "model.safetensors") for place in (run_dir, folder)]
     same = all(map(Path.exists, weights)) and filecmp.cmp(*weights, shallow=False)
     for name in COPIED:
