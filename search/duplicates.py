@@ -100,7 +100,7 @@ def matching(pictures, read_small):
         found, seen, pending = [best], {i}, deque([i])
         while pending:
             for j in neighbours[pending.popleft()]:
-                if j in seen or j in grouped:
+                if j < i or j in seen or j in grouped:  # those before i are the best of groups of their own
                     continue
                 seen.add(j)
                 if same_photograph(best, pictures[j], read_small):

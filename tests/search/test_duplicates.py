@@ -308,3 +308,12 @@ def test_width_and_height_are_those_of_the_upright_picture(tmp_path, orientation
     for name in ("a.tiff", "a.jpg", "a.png", "a.webp"):
         Image.fromarray(textured(0, 600, 800)).save(tmp_path / name, exif=exif)
         assert hashes.hash_file(str(tmp_path / name))[1:3] == ((800, 600) if orientation == 1 else (600, 800)), name
+
+
+def test_no_pair_is_compared_twice_and_no_picture_is_in_two_groups(monkeypatch):
+    """Each of six pictures is near all others. The comparison, which need not be symmetric, finds earlier ones alike only."""
+    compared = []
+    monkeypatch.setattr(duplicates, "near_pairs", lambda pictures: {i: set(range(6)) - {i} for i in range(6)})
+    monkeypatch.setattr(duplicates, "same_photograph", lambda a, b, _: compared.append((a, b)) or b < a)
+    assert list(duplicates.matching(list(range(6)), None)) == [[i] for i in range(6)]
+    assert len(compared) == len({frozenset(pair) for pair in compared}) == 15
