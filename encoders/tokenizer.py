@@ -11,7 +11,7 @@ import torch
 import transformers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from encoders.build import load_pretrained
+from encoders.build import TEXT_ADVICE, load_pretrained
 from utils.errors import UserError
 
 MAX_LETTERS = 1000  # of what stands between two spaces; more become one unknown token
@@ -75,8 +75,14 @@ def pretrained_tokenizer(name, max_length):
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in ("tokenizer.json", "vocab.txt", "vocab.json")):
         raise UserError(f"--text-encoder {name}: a folder without a tokenizer; add its tokenizer.json or vocab.txt")
     hf_tokenizer = load_pretrained(transformers.AutoTokenizer, name)
-    pad = hf_tokenizer.pad_token or hf_tokenizer.eos_token  # GPT-2 has no padding token; any works, as it is masked
-    return configure_tokenizer(hf_tokenizer.backend_tokenizer, max_length, hf_tokenizer.convert_tokens_to_ids(pad), pad)
+    tokenizer = getattr(hf_tokenizer, "backend_tokenizer", None)
+    if tokenizer is None:  # written in Python, as Marian's
+        raise UserError(
+            f"--text-encoder {name}: its tokenizer cannot be saved as a tokenizer.json, which a run needs; {TEXT_ADVICE}"
+        )
+    # GPT-2 has no padding token; any works, as it is masked.
+    pad = hf_tokenizer.pad_token or hf_tokenizer.eos_token or tokenizer.id_to_token(0)
+    return configure_tokenizer(tokenizer, max_length, tokenizer.token_to_id(pad), pad)
 
 
 def openai_tokenizer(max_length):

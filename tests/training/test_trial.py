@@ -137,6 +137,19 @@ def test_an_encoder_that_cannot_be_used_is_named_before_anything_is_written(smal
     assert "object" not in line and not (tmp_path / "run").exists()
 
 
+def test_a_tokenizer_without_special_tokens_pads_with_any(text_model, small_flags, tmp_path):
+    folder = text_model("bert", SIZES)["text_encoder"]
+    transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json")).save_pretrained(folder)
+    comes_back(small_flags(text_encoder=folder, text_weights="pretrained"), tmp_path / "run")
+
+
+def test_a_tokenizer_that_has_no_file_of_its_own_is_named(text_model, small_flags, monkeypatch):
+    flags = text_model("bert", SIZES)
+    monkeypatch.setattr("encoders.tokenizer.load_pretrained", lambda *_: object())  # written in Python, without a backend
+    with pytest.raises(UserError, match="--text-encoder .*: its tokenizer cannot be saved as a tokenizer.json"):
+        trial.create_tried_model(parse_config(small_flags(**flags), "shapes")[0], ["a red circle"])
+
+
 def test_a_tokenizer_of_another_model_is_named(text_model, small_flags):
     flags = text_model("bert", SIZES, vocab_size=8)
     with pytest.raises(UserError, match="its tokenizer makes the token [0-9]+ of a caption, and its model has 8 only"):
