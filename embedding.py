@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import clip
-from config import run_names
+from config import load_run, run_names
 from dataset import pad
 from encoders.ensemble import EnsembleEncoder, EnsembleHead, require_same_inputs
 from encoders.hubness import EnsembleHubness
 from encoders.stages import run_from_stage
-from utils.device import autocast, pick_device, pick_dtype, speed_up_cpu
+from utils.device import autocast, can_multiply, pick_device, pick_dtype, speed_up_cpu
 from utils.errors import UserError
 from utils.images import as_batch, read_images, view_crops
 
@@ -21,20 +21,37 @@ IMAGE_BATCH, TEXT_BATCH = 64, 256  # batch sizes; they change memory and speed, 
 
 
 def open_model(run, device, precision, views=1):
-    """(model, device, dtype) to embed with. run, device, precision, views: as on the command line.
+    """(model, device, dtype) to embed with, as training embeds. run, device, precision, views: as on the command line.
 
     Several runs with commas between them become one model, an ensemble (`encoders.ensemble`).
     Raises UserError where there is no such run or device, or where the runs take different inputs.
     """
     speed_up_cpu()
     device, names = pick_device(device), run_names(run)
-    models = [clip.load(name, device)[0] for name in names]
+    models = [clip.load(name, device)[0].to(memory_format=torch.channels_last) for name in names]
     model = models[0]
     if len(models) > 1:
         require_same_inputs(models, names)
         model = ensemble(models).eval().to(device)
     model.views = views
-    return model, device, pick_dtype(precision, device)
+    return model, device, own_dtype(names, models, device) if precision == "auto" else pick_dtype(precision, device)
+
+
+def own_dtype(names, models, device):
+    """The dtype of matrix products in which models of these names were trained and scored, where the device has it.
+
+    Where they differ, or are no runs, it is what `pick_dtype` takes for auto.
+    """
+    found = {load_run(model.run_dir)["config"].precision if model.run_dir else "auto" for model in models}
+    precision = found.pop() if len(found) == 1 else "auto"
+    dtype = pick_dtype(precision, device)
+    if can_multiply(device, dtype):
+        return dtype
+    dtype = pick_dtype("auto", device)
+    print(
+        f"{','.join(names)}: trained in {precision}, which {device} cannot compute; in {str(dtype)[6:]} figures differ a little"
+    )
+    return dtype
 
 
 def ensemble(models):
@@ -158,7 +175,13 @@ def text_vectors(model, T_f, device):
 
 def pair_scores(T_v, I_v):
     """The (m, n) scores of m texts with n pictures: cosines minus the hubness of both. T_v, I_v: vectors as above."""
-    return T_v[:, :-1] @ I_v[:, :-1].T + T_v[:, -1:] + I_v[:, -1]
+    return cosines(T_v, I_v) + T_v[:, -1:] + I_v[:, -1]
+
+
+def cosines(T_v, I_v):
+    """Those of the embeddings in m and n vectors, (m, n): in torch for arrays, too, as NumPy's products round differently."""
+    product = torch.as_tensor(T_v)[:, :-1] @ torch.as_tensor(I_v)[:, :-1].T
+    return product if isinstance(T_v, torch.Tensor) else product.numpy()
 
 
 def token_ids(tokenizer, captions):

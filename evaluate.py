@@ -16,7 +16,7 @@ DRAWN_PIXELS = 128  # height and width of each image in it
 
 def retrieval(options):
     """Scores retrieval in both directions: R@1, R@5, R@10, median rank, and rsum, the sum of the six recalls (at most 600)."""
-    from embedding import open_model, pair_scores
+    from embedding import cosines, open_model, pair_scores
     from evaluation.retrieval import number_captions, recall, recall_table, repeats_line, right_pairs
     from evaluation.splits import embed_pairs, select_rows
 
@@ -28,7 +28,7 @@ def retrieval(options):
     right = right_pairs(image_of_text, number_captions(captions), len(paths))
     scores = {"images": len(paths), "captions": len(captions)} | recall(pair_scores(T_v, I_v), image_of_text, right)
     corrected = opened[0].hubness is not None
-    cosine_scores = recall(T_v[:, :-1] @ I_v[:, :-1].T, image_of_text, right) if corrected else scores
+    cosine_scores = recall(cosines(T_v, I_v), image_of_text, right) if corrected else scores
     scores["rsum_of_cosines"] = cosine_scores["rsum"]
     chance = f"chance of R@1 from text to image {100 / len(paths):.2f}%"
     print(f"{options.split}: {len(paths):,} images, {len(captions):,} captions; {chance}")

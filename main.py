@@ -120,9 +120,9 @@ def train_epochs(state, loader, validation, start, trackers, device, dtype):
                 break
             started = time.perf_counter()
             trained = train_epoch(state, loader, device, dtype, terminated)
-            scores = validate(state.scored_model, validation, config, device, dtype)
+            scored = state.scored_model
+            scores, kept = validate(scored, validation, config, device, dtype), kept_score(scored, config, device, dtype)
             best = scores["rsum"] > max([start.rsum, *state.rsums])
-            kept = kept_score(state.scored_model, config, device, dtype)
             state.end_epoch(history_row(state, trained, scores, kept, time.perf_counter() - started))
             if state.joint:
                 draw_generated_pictures(state, validation, device, dtype)

@@ -88,12 +88,17 @@ def run_trunk(encoder, image):
 
 def run_from_stage(encoder, activations):
     """Activations of `run_trunk`, (n, ...) -> (n, d_i) features, through the rest of the ImageEncoder."""
-    if not torch.is_autocast_enabled(activations.device.type):
-        activations = activations.to(encoder.mean.dtype)  # they are cached in 16 bits
+
+    def replace(module, inputs):
+        grey = inputs[0]  # those of the grey image, in the dtype and the order in memory of a whole forward pass
+        order = [0, *sorted(range(1, grey.ndim), key=grey.stride, reverse=True)]
+        own = activations.to(grey.dtype).permute(order).contiguous()
+        return own.permute([order.index(dim) for dim in range(grey.ndim)]), *inputs[1:]
+
     # The model runs on one grey image; at the stage its activations are replaced.
     stage = encoder.backbone.get_submodule(encoder.stage)
     with HOOKED:
-        hook = stage.register_forward_pre_hook(lambda module, inputs: (activations, *inputs[1:]))
+        hook = stage.register_forward_pre_hook(replace)
         try:
             grey = torch.zeros(1, 3, encoder.size, encoder.size, device=activations.device)
             return multi_stage_features(encoder.backbone, encoder.feature_stages, grey)

@@ -118,8 +118,12 @@ def recall_table(scores, num_images):
         row = scores[direction]
         recalls = "".join(f"{row[f'R@{k}']:8.1f}" for k in KS)
         lines.append(f"{direction.replace('_', ' '):16}{recalls}{row['median_rank']:14g}")
-    few = f" over {num_images} images; not comparable with figures over {COMPARABLE:,}" if num_images < FEW else ""
-    return "\n".join([*lines, f"rsum {scores['rsum']:.1f}{few}"])
+    return "\n".join([*lines, f"rsum {scores['rsum']:.1f}{few_note(num_images)}"])
+
+
+def few_note(num_images):
+    """What stands behind an rsum over so many images; "" where they are not few."""
+    return f" over {num_images} images; not comparable with figures over {COMPARABLE:,}" if num_images < FEW else ""
 
 
 def repeats_line(captions, image_of_text):

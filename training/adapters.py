@@ -18,6 +18,7 @@ def add_adapters(model, rank):
     Raises UserError for an encoder that has none.
     """
     import peft  # only here: hardly any run needs it
+    import torch.distributed.tensor  # noqa: F401  some versions of peft use it without importing it
 
     for part in PARTS:
         encoder = getattr(model, part)

@@ -1,5 +1,6 @@
 """The pictures and captions of a training: find them, split them, and load training batches."""
 
+import contextlib
 import os
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,7 @@ from captions import image_positions, load_captions, load_generated, may_be_side
 from config import SHAPES, AtMost, generated_per_batch, is_stream
 from dataset import CLIPDataset, PairSampler, RepeatingSampler, collate
 from Datasets import flickr8k, shapes
-from embedding import activation_features, image_features, text_features, token_ids
+from embedding import IMAGE_BATCH, TEXT_BATCH, activation_features, image_features, text_features, token_ids
 from loading.splits import SplitNotes
 from loading.trained import earlier_rows, with_contents, without_trained
 from training import distributed
@@ -244,37 +245,50 @@ def batch_loader(dataset, sampler, pad_id, num_workers=0, pin_memory=False):
 
 
 def some_pairs(split, chosen):
-    """A Split of some of a split's images, chosen: (n,) positions, each with one crop and its first caption."""
+    """A Split of some of a split's images, chosen: (n,) positions, each with its centre crop and its first caption."""
     _, first = np.unique(split.image_of_text, return_index=True)
     texts = first[chosen]
-    images = Subset(split.images, chosen) if split.image_key == "image" else split.images[chosen, :1]
+    cached = split.image_key == "image_features" and split.images.shape[1] == 1  # several are random crops
     return Split(
         names=[split.names[i] for i in chosen],
-        pictures=split.pictures,
+        pictures=Subset(split.pictures, chosen),
         captions=[split.captions[i] for i in texts],
         image_of_text=np.arange(len(chosen)),
-        images=images,
+        images=split.images[chosen] if cached else Subset(split.pictures, chosen),
         texts=split.texts[texts] if split.text_key == "text_features" else [split.texts[i] for i in texts],
-        image_key=split.image_key,
+        image_key="image_features" if cached else "image",
         text_key=split.text_key,
     )
 
 
 def split_features(model, split, device, dtype):
-    """(I_f, T_f) of a split, (n, d_i) and (m, d_t). What is not cached is computed, by each process for its shard."""
+    """(I_f, T_f) of a split's centre crops and captions, (n, d_i) and (m, d_t), to the bit those that `evaluate.py` computes.
+
+    What is not cached is computed in whole batches, which the processes share: in 16 bits a feature depends on how many there
+    are at once. Compiled code, which rounds differently, is not used.
+    """
     I_f, T_f = split.images, split.texts
-    if split.image_key == "image_features":
-        I_f = I_f[:, 0]
-    else:
-        rows = distributed.shard(len(split.names))
-        if split.image_key == "image_activations":
-            I_f = activation_features(model, I_f[rows.start : rows.stop, 0], device, dtype)
+    compiled = getattr(model.image_encoder, "_compiled_call_impl", None) is not None
+    with torch.compiler.set_stance("force_eager") if compiled else contextlib.nullcontext():
+        if split.image_key == "image_features":
+            I_f = I_f[:, 0]
         else:
-            I_f = image_features(model, Subset(I_f, rows), device, dtype, len(rows))
-        I_f = distributed.all_gather(I_f)
-    if split.text_key == "text":
-        rows = distributed.shard(len(T_f))
-        T_f = distributed.all_gather(text_features(model, T_f[rows.start : rows.stop], device, dtype))
+            rows = shard_of_batches(len(split.names), IMAGE_BATCH)
+            if split.image_key == "image_activations":
+                I_f = activation_features(model, I_f[rows.start : rows.stop, 0], device, dtype)
+            else:
+                I_f = image_features(model, Subset(I_f, rows), device, dtype, len(rows))
+            I_f = distributed.all_gather(I_f)
+        if split.text_key == "text":
+            order = sorted(range(len(T_f)), key=lambda i: len(T_f[i]))  # as in `text_features`
+            texts = [T_f[order[row]] for row in shard_of_batches(len(T_f), TEXT_BATCH)]
+            T_f = distributed.all_gather(text_features(model, texts, device, dtype))[np.argsort(order)]
     if not (I_f.isfinite().all() and T_f.isfinite().all()):
         raise UserError("an encoder's features are not finite; the last good checkpoint is kept; --resume with lower rates")
     return I_f, T_f
+
+
+def shard_of_batches(n, batch_size):
+    """This rank's rows of n, a range of whole batches."""
+    batches = distributed.shard(-(-n // batch_size))
+    return range(batches.start * batch_size, min(n, batches.stop * batch_size))

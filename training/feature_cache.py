@@ -29,9 +29,8 @@ def freeze_encoders(config, model, splits, image_dir, device, dtype):
     for name, split in splits.items():
         if isinstance(split, Stream):  # is encoded again in each epoch
             continue
-        crops = config.cached_crops if name == "train" else 1
         if freeze_image or config.image_unfreeze_from:
-            split.images = cache_image_features(config, image_encoder, split, image_dir, crops, device, dtype)
+            split.images = cache_image_features(config, image_encoder, split, image_dir, name == "train", device, dtype)
             split.image_key = "image_features" if freeze_image else "image_activations"
         if freeze_text:
             split.texts, split.text_key = cache_text_features(config, model, split.texts, device, dtype), "text_features"
@@ -60,9 +59,10 @@ def sample_features(config, model, stream, device, dtype):
 
 
 def activation_dtype(config, dtype):
-    """The dtype of cached activations: that of the matrix products, but fp16 where --precision auto chose fp32.
+    """The dtype of cached training activations: that of the matrix products, but fp16 where --precision auto chose fp32.
 
-    They then take as little disk space without native bf16 as with it.
+    They then take as little disk space without native bf16 as with it. Those of validation pictures are in fp32: no bit of a
+    figure depends on the cache.
     """
     return torch.float16 if dtype == torch.float32 and config.precision == "auto" else dtype
 
@@ -72,25 +72,24 @@ def activation_bytes(config, encoder, table, dtype):
     if not encoder.stage:
         return 0
     train, val = (table["image"][table["split"] == split].nunique() for split in ("train", "val"))
-    return (train * config.cached_crops + val) * encoder.activation_shape.numel() * activation_dtype(config, dtype).itemsize
+    bytes_per_value = train * config.cached_crops * activation_dtype(config, dtype).itemsize + val * torch.float32.itemsize
+    return bytes_per_value * encoder.activation_shape.numel()
 
 
-def cache_image_features(config, encoder, split, image_dir, num_crops, device, dtype):
-    """The outputs of the image encoder, or of its frozen trunk, for `num_crops` random crops of each image.
+def cache_image_features(config, encoder, split, image_dir, training, device, dtype):
+    """The outputs of the image encoder, or of its frozen trunk, for k crops of each image.
 
-    A single crop is the centre crop. With --hflip every second crop is flipped horizontally.
-    Returns (n, num_crops, d_i) features in fp32, or (n, num_crops, ...) activations in `activation_dtype`.
+    training: of training images there are --cached-crops random crops; with --hflip every second is flipped horizontally. Of
+    others, and where it is 1, there is the centre crop.
+    Returns (n, k, d_i) features in fp32, or (n, k, ...) activations, in `activation_dtype` or fp32.
     """
     n, names, folder = len(split.names), [image_dir / name for name in split.names], Path(config.cache_dir)
+    num_crops, cache_dtype = config.cached_crops if training else 1, torch.float32
     if encoder.stage:
-        run, kind, shape, cache_dtype = (
-            partial(run_trunk, encoder),
-            "activations",
-            tuple(encoder.activation_shape),
-            activation_dtype(config, dtype),
-        )
+        run, kind, shape = partial(run_trunk, encoder), "activations", tuple(encoder.activation_shape)
+        cache_dtype = activation_dtype(config, dtype) if training else cache_dtype
     else:
-        run, kind, shape, cache_dtype = encoder, "image-features", (encoder.width,), torch.float32
+        run, kind, shape = encoder, "image-features", (encoder.width,)
     crop_settings = (CROPS, num_crops, config.crop, config.hflip, config.seed) if num_crops > 1 else None
     key = cache_key(model_key(encoder), encoder.stage, VIEW, crop_settings, dtype, cache_dtype, file_stats(names))
     gigabytes = n * num_crops * np.prod(shape) * cache_dtype.itemsize / 1e9

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 from config import last_part
+from evaluation.retrieval import few_note
+from utils.device import pick_dtype
 from utils.files import atomic_write
 
 CARD = """---
@@ -32,13 +34,15 @@ images. `config.json` has all settings.
 
 ## Results
 
-Recall on the {val:,} validation images, in percent. A random ranking has an R@1 of {chance:.2f} from text to image.
+Recall on the {val:,} validation images, in percent, computed in {precision}. A random ranking has an R@1 of
+{chance:.2f} from text to image.
 
 | | R@1 | R@5 | R@10 | median rank |
 |---|---|---|---|---|
 {recalls}
 
-{correction}The settings were chosen on these images, so results on others will be a little lower.
+The sum of the six recalls is {rsum:.1f}{few}. {correction}The settings were
+chosen on these images, so results on others will be a little lower.
 
 ## Use
 
@@ -56,7 +60,8 @@ people, and it repeats the errors and biases of its data and of the weights it s
 """
 
 
-CORRECTION = """These are scores that are corrected for hubness, as a search uses them; the cosines of `clip.load` recall less.
+CORRECTION = """The first two rows, and this sum, are of scores that are corrected for hubness, as a search uses them; with the
+cosines alone, as in `history.csv` and as the models of `clip.load` give them, the sum is {rsum:.1f}.
 
 """
 POOLINGS = {"first": "the first token", "mean": "all tokens", "last": "the last token"}
@@ -73,28 +78,34 @@ LOSSES = {
 def write_card(run_dir, config, model, splits, scores, notes=None):
     """Writes RUN_DIR/README.md.
 
-    splits: {"train": Split, "val": Split}. scores: of the validation split, from `evaluation.retrieval.recall`. notes: the
-    `loading.splits.SplitNotes` of the data.
+    splits: {"train": Split, "val": Split}. scores: of the validation split, from `evaluation.retrieval.recall`; where they are
+    corrected for hubness with a key more, "cosines", the scores without that. notes: the `loading.splits.SplitNotes` of the
+    data.
     """
     licence = getattr(model.image_encoder.backbone, "pretrained_cfg", {}).get("license") or "see their source"
     none = "none, it was initialised randomly"
     columns = ("R@1", "R@5", "R@10", "median_rank")
-    rows = []
-    for side in ("image_to_text", "text_to_image"):
-        cells = [side.replace("_", " "), *(f"{scores[side][column]:.1f}" for column in columns)]
-        rows.append("| " + " | ".join(cells) + " |")
+    rows, sides = [], ("image_to_text", "text_to_image")
+    for kind, found in (("", scores), (", cosines", scores.get("cosines", {}))):
+        for side in filter(found.__contains__, sides):
+            cells = [f"{side.replace('_', ' ')}{kind}", *(f"{found[side][column]:.1f}" for column in columns)]
+            rows.append("| " + " | ".join(cells) + " |")
     below = Path(run_dir).resolve().is_relative_to(Path.cwd())  # else only its name: a card names no folder of this machine
-    correction = "" if model.hubness is None else CORRECTION
+    val, dtype = len(splits["val"].names), pick_dtype(config.precision, model.logit_scale.device)
+    correction = CORRECTION.format(**scores["cosines"]) if "cosines" in scores else ""
     split = [f"Split: {notes.rule}.", *(f"**{line}.**" for line in [notes.caution] if line)] if notes else []
     text = CARD.format(
         split="".join(f"\n\n{line}" for line in split),
+        rsum=sum(scores[side][column] for side in sides for column in columns[:3]),
+        few=few_note(val),
         correction=correction,
+        precision=str(dtype).removeprefix("torch."),
         image=last_part(config.image_encoder),
         text=last_part(config.text_encoder),
         width=model.image_projection.out_features,
         train=splits["train"].num_images,
         train_captions=splits["train"].num_captions,
-        val=len(splits["val"].names),
+        val=val,
         data=last_part(config.data_dir or config.captions_path),
         size=model.image_encoder.size,
         image_weights=last_part(config.model) or Path(config.image_weights).name,
@@ -108,7 +119,7 @@ def write_card(run_dir, config, model, splits, scores, notes=None):
         length=f"{config.steps} steps" if config.steps else f"{config.epochs} epochs",
         batch_size=config.batch_size,
         seed=config.seed,
-        chance=100 / len(splits["val"].names),
+        chance=100 / val,
         recalls="\n".join(rows),
         place="the project's folder" if below else "the folder that this run's folder is in, with the project on PYTHONPATH",
         run_dir=Path(run_dir).resolve().relative_to(Path.cwd()).as_posix() if below else Path(run_dir).name,

@@ -4,14 +4,22 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from config import generated_per_batch, is_stream
 from embedding import embed_texts, picture_vectors, project_and_normalize, text_features, token_ids
 from encoders.hubness import BANK, Hubness
 from encoders.tokenizer import count_unknown
 from evaluation.relevance import relevance_line, write_relevance
-from evaluation.retrieval import FEW, recall_table, repeats_line, score, similarities
+from evaluation.retrieval import (
+    FEW,
+    number_captions,
+    recall,
+    recall_table,
+    repeats_line,
+    right_pairs,
+    score,
+    similarities,
+)
 from training import distributed
 from training.checkpoint import PREVIOUS
 from training.data import Split, count_cut, some_pairs, split_features
@@ -23,7 +31,7 @@ from utils.plots import draw_curves, draw_generated, draw_matches, draw_similari
 
 NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.png
 NUM_GENERATED = 8  # in generated.png
-AT_ONCE = 1000  # pictures whose activations are in memory
+NUM_HALVES, MIN_WORSE = 100, 95  # random halves of the validation images, and in how many a correction that is dropped loses
 
 
 def validate(model, split, config, device, dtype):
@@ -152,36 +160,58 @@ def write_report(state, splits, start, device, dtype):
 
 
 def learn_hubness(model, train, device, dtype):
-    """The `Hubness` of a model, whose banks are at most BANK training pictures and the first caption of each.
+    """The `Hubness` of a model, whose banks are the centre crops of at most BANK training pictures and a caption of each.
 
     train: a `training.data.Split`. None for a `Stream`, which has no features of all.
     """
     if not isinstance(train, Split):
         return None
     chosen = np.linspace(0, train.num_real, min(BANK, train.num_real), endpoint=False).astype(int)
-    parts = np.array_split(chosen, -(-len(chosen) // AT_ONCE))  # cached activations of all would take a gigabyte
-    I_f, T_f = map(torch.cat, zip(*(split_features(model, some_pairs(train, part), device, dtype) for part in parts)))
-    I_e = project_and_normalize(model.image_projection, I_f, device)
-    return Hubness(I_e, project_and_normalize(model.text_projection, T_f, device), model.logit_scale.exp().item())
+    banks = zip(
+        (model.image_projection, model.text_projection), split_features(model, some_pairs(train, chosen), device, dtype)
+    )
+    rounded = [project_and_normalize(head, features, device).half().float() for head, features in banks]  # as it is saved
+    return Hubness(*rounded, model.logit_scale.exp().item())
 
 
 def correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir):
-    """Gives a model a `Hubness` and keeps it in run_dir if that raises validation recall. Returns the scores to report.
+    """Gives a model a `Hubness` and keeps it in run_dir unless recall is lower for sure. Returns the scores to report.
 
-    scores: of the cosines alone. validation: a Split, whose features are I_f and T_f.
+    scores: of the cosines alone. validation: a Split, whose features are I_f and T_f. One figure would be no reason: among few
+    images chance decides it, and where the correction was measured it helped.
     """
+    image_of_text, before = validation.image_of_text, similarities(model, I_f, T_f, device)
     model.hubness = hubness
-    corrected = score(model, I_f, T_f, validation.image_of_text, validation.captions, device)
-    better = corrected["rsum"] > scores["rsum"]
-    kept = "kept" if better else "not kept"
+    right = right_pairs(image_of_text, number_captions(validation.captions), before.shape[1])
+    after = similarities(model, I_f, T_f, device)
+    corrected, worse = recall(after, image_of_text, right), count_worse(before, after, image_of_text, right)
+    helps = worse < MIN_WORSE
+    reason = f"rsum is lower in {worse} of {NUM_HALVES} random halves of the images"
+    kept = f"kept{f', as {reason} only' if corrected['rsum'] < scores['rsum'] else ''}" if helps else f"not kept, as {reason}"
     print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}")
-    if better:
-        print(recall_table(corrected, len(validation.names)))
-    else:
+    if not helps:
         model.hubness = None
-    if better and distributed.is_main_process():
+        return scores
+    print(recall_table(corrected, len(validation.names)))
+    if distributed.is_main_process():
         hubness.save(run_dir)
-    return corrected if better else scores
+    return corrected | {"cosines": scores}
+
+
+def count_worse(before, after, image_of_text, right):
+    """In how many of NUM_HALVES random halves of the images the rsum after a correction is lower.
+
+    before, after: (m, n) scores. image_of_text: (m,), right: (m, n), as for `evaluation.retrieval.recall`. The rsum of halves
+    varies as that of bootstrap samples does, which would hold some images twice.
+    """
+    n, rng, worse = before.shape[1], np.random.default_rng(0), 0
+    for _ in range(NUM_HALVES):
+        images = np.sort(rng.choice(n, -(-n // 2), replace=False))
+        rows = np.flatnonzero(np.isin(image_of_text, images))
+        part, own = np.ix_(rows, images), np.searchsorted(images, image_of_text[rows])
+        rsums = [recall(similarity[part], own, right[part])["rsum"] for similarity in (before, after)]
+        worse += rsums[1] < rsums[0]
+    return worse
 
 
 def learn_relevance(model, split, I_f, device, run_dir):

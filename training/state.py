@@ -47,8 +47,8 @@ class TrainState:
 
     @property
     def scored_model(self):
-        """The model that is evaluated and saved: the moving average of the weights, if there is one."""
-        return self.average.module if self.average else self.model
+        """The model that is evaluated and saved: the moving average of the weights, if there is one; adapters are merged."""
+        return merged(self.average.module if self.average else self.model)
 
     @property
     def order(self):
@@ -84,7 +84,7 @@ class TrainState:
         run_dir = Path(self.config.run_dir)
         if distributed.is_main_process():
             if best:
-                save_weights(merged(self.scored_model), run_dir)
+                save_weights(self.scored_model, run_dir)
             write_history(run_dir / "history.csv", self.history)
         self.save()  # last, so that after a kill the epoch is repeated and all is written
 

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 
 import torch
 
@@ -77,6 +78,16 @@ def pick_dtype(precision, device):
             native = device.type == "cpu" and (features.get("avx512_bf16", False) or features.get("amx_bf16", False))
             precision = "bf16" if native else "fp32"
     return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def can_multiply(device, dtype):
+    """Whether a device has matrix products of a dtype under `autocast`."""
+    one = torch.ones(1, 1, device=device)
+    try:
+        with warnings.catch_warnings(action="ignore"), autocast(device, dtype):
+            return (one @ one).dtype == dtype
+    except RuntimeError:
+        return False
 
 
 def autocast(device, dtype):
