@@ -57,7 +57,7 @@ from training.checkpoint import (
 )
 from training.data import batch_loader, read_table
 from utils.cache import cache_line, model_key, note_use
-from utils.device import autocast
+from utils.device import autocast, pick_dtype
 from utils.files import atomic_dir, atomic_write, remove_leftovers, require_own_folder, write_json
 from utils.images import center_crop, decode_images, read_images
 from utils.plots import draw_generated
@@ -99,12 +99,13 @@ def read_captions_and_encoder(config, preset):
     data_dir = config.data_dir or ("" if other_data else run_config.data_dir or flickr8k.find() or "")
     places = {"data_dir": data_dir, "image_path": paths.image_path, "captions_path": paths.captions_path}
     table, image_dir, _ = read_table(replace(run_config, **places, **({"train_images": 0} if other_data else {})))
-    model, device, dtype = open_model(config.run, config.device, config.precision)
+    model, device, text_dtype = open_model(config.run, config.device, config.precision)
+    dtype = pick_dtype(config.precision, device)
     dtype = torch.float32 if dtype == torch.float16 else dtype  # fp16 would need a scaler for each of the two networks
     key = model_key(torch.nn.ModuleList([model.text_encoder, model.text_projection]))
 
     def embed(captions):
-        T_f = text_features(model, token_ids(model.tokenizer, captions), device, dtype)
+        T_f = text_features(model, token_ids(model.tokenizer, captions), device, text_dtype)
         return project_and_normalize(model.text_projection, T_f, device)
 
     return CaptionSource(table, image_dir, run_config.skip_bad, embed, key, device, dtype)

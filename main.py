@@ -27,6 +27,7 @@ from encoders.stages import unfreeze_from
 from training import distributed
 from training.adapters import add_adapters, describe_adapters, merge_adapters
 from training.checkpoint import (
+    TRADEOFF,
     has_checkpoint,
     lock_run_dir,
     refuse_other_settings,
@@ -35,7 +36,7 @@ from training.checkpoint import (
 )
 from training.data import fetch_data, fit_batch, load_splits, read_table, train_loader
 from training.feature_cache import activation_bytes, freeze_encoders
-from training.keeping import TRADEOFF, check_kept, keep_best_mixture, kept_score, score_start
+from training.keeping import check_kept, keep_best_mixture, kept_score, score_start
 from training.optimization import is_stale
 from training.plan import print_plan, warn_of_memory
 from training.report import draw_generated_pictures, history_row, print_epoch, print_setup, validate, write_report
@@ -99,7 +100,7 @@ def train(config):
     with distributed.main_process_first():
         load_weights(model, run_dir)
     if config.wise_ft and not (len(state.history) == resumed and (run_dir / TRADEOFF).exists()):
-        keep_best_mixture(model, start.weights, splits["val"], config, device, dtype)
+        keep_best_mixture(model, start, splits["val"], config, device, dtype)
     write_report(state, splits, start, device, dtype)
     trackers.finish(run_dir, len(state.history))
     return model

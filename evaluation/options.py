@@ -25,7 +25,7 @@ class Retrieval:
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     json: str = ""  # file for the scores
 
 
@@ -45,7 +45,7 @@ class Match:
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     output: str = "match.png"  # PNG file for the similarity matrix of some images and captions
     json: str = ""  # file for the scores
 
@@ -67,7 +67,7 @@ class ZeroShot:
     skip_bad: bool = False  # skip pictures that cannot be decoded instead of stopping
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     output: str = "confusion.png"  # PNG file for the confusion matrix
     json: str = ""  # file for the scores
 
@@ -79,7 +79,7 @@ class STS:
     run: str  # run folder, open_clip:MODEL@WEIGHTS, or one of OpenAI's names
     file: tuple[str, ...]  # STS files: STS-B's, or tables of score, sentence, sentence
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     json: str = ""  # file for the scores
 
     def __post_init__(self):
@@ -95,7 +95,7 @@ class Twins:
     pairs: int = 1000  # pairs of scenes to draw
     seed: int = 0  # of the scenes
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     json: str = ""  # file for the scores
 
     def __post_init__(self):
@@ -120,7 +120,7 @@ class Compare:
     skip_bad: bool = False  # leave out unusable rows and pictures instead of stopping
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     output: str = "compare.png"  # PNG file for recall against speed
     json: str = ""  # file for the figures
 
@@ -147,7 +147,7 @@ class Calibrate:
     )
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
     json: str = ""  # file for what was measured
 
 

@@ -56,7 +56,7 @@ class Search:
     cache_dir: str = ".cache"  # folder where embeddings are kept for the next query
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
 
     def __post_init__(self):
         """Raises UserError unless there is one thing to do, and flags that go with it."""
@@ -110,7 +110,7 @@ class Page:
     cache_dir: str = ".cache"  # folder where embeddings are cached
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
-    precision: Precision = "auto"  # of matrix products; auto: bf16 or fp16 where native, else fp32
+    precision: Precision = "auto"  # of matrix products; auto: the run's own
 
 
 def newest_run():

@@ -21,11 +21,13 @@ from utils.errors import UserError
 from utils.files import CACHED, FILE_MANAGERS, atomic_dir, atomic_write, remove_leftovers, replace
 
 LAST, PREVIOUS = "last.pt", "previous.pt"  # the newest checkpoint, and the one before
+TRADEOFF = "tradeoff.csv"  # says which mixture of --wise-ft was kept
+TRAINED = "trained"  # with --wise-ft a folder with the weights of the best epoch; the run's own may be others, or a mixture
 FORMATS = {"config.json": {"format", "config", "encoders"}, "gan.json": {"format", "config"}}  # keys that tell whose it is
 RUN_FILES = re.compile(  # names of all that a run and the commands that use it write into its folder
     r"(config|gan|relevance|tokenizer)\.json|(model|hubness|generator)\.safetensors|reference(s|-words)\.npy|(last|previous)\.pt|"
     r"(history|splits|tradeoff)\.csv|(curves|similarity|matches|relevance|generated|tradeoff)\.png|README\.md|"
-    r"(cache|skipped)\.txt|done\.json|.+\.tmp|heads|onnx|samples|pictures|tensorboard|wandb"
+    r"(cache|skipped)\.txt|done\.json|.+\.tmp|heads|trained|onnx|samples|pictures|tensorboard|wandb"
 )
 DIGEST_SIZE = hashlib.sha256().digest_size  # bytes at the end of a checkpoint: the SHA-256 of all before them
 

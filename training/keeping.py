@@ -11,18 +11,17 @@ from pathlib import Path
 import torch
 
 from captions import image_positions, load_captions
-from clip import save_weights
+from clip import load_weights, save_weights
 from embedding import file_features, text_features, token_ids
 from evaluation.retrieval import score
 from evaluation.zeroshot import find_pictures, top1_accuracy
 from training import distributed
-from training.checkpoint import best_rsum, has_checkpoint
+from training.checkpoint import TRADEOFF, TRAINED, best_rsum, has_checkpoint
 from training.report import recalls_line, validate
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.plots import draw_tradeoff
 
-TRADEOFF = "tradeoff.csv"  # in the run folder; says which mixture was kept
 MIXTURES = 11  # shares of the new weights, from 0 to 1
 
 
@@ -99,13 +98,21 @@ def choose(rows, largest_loss):
 
 
 @torch.no_grad()
-def keep_best_mixture(model, before, split, config, device, dtype):
-    """Scores MIXTURES of the weights before training and the model's, and gives it the one that `choose` does.
+def keep_best_mixture(model, start, split, config, device, dtype):
+    """Scores MIXTURES of the weights before training and of the best epoch, and gives the model the one that `choose` does.
 
-    before: a state dict. split: the validation images. Writes tradeoff.csv and tradeoff.png into the run folder, and the chosen
-    weights. Prints which it is.
+    model: with the run's weights. start: a Start. split: the validation images. Writes tradeoff.csv and tradeoff.png into the
+    run folder, and the chosen weights. Prints which it is.
     """
-    after, rows, run_dir = {name: value.clone() for name, value in model.state_dict().items()}, [], Path(config.run_dir)
+    run_dir, before, rows = Path(config.run_dir), start.weights, []
+    best = best_rsum(run_dir)
+    if (run_dir / TRAINED).exists():
+        load_weights(model, run_dir / TRAINED)
+    elif best <= start.rsum or (run_dir / TRADEOFF).exists():  # begun without --wise-ft, or by an earlier version
+        return print("mixture: none, as the run kept the weights of no epoch; train it again with --wise-ft")
+    if best <= start.rsum:
+        print(f"no epoch beat the start: rsum {best:.1f} at best, {start.rsum:.1f} before; that epoch is mixed with the start")
+    after = {name: value.clone() for name, value in model.state_dict().items()}
     for number in range(MIXTURES):
         share = number / (MIXTURES - 1)
         model.load_state_dict(mix(before, after, share))

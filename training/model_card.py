@@ -29,7 +29,7 @@ input is the centre crop of each picture, {size} x {size} pixels.{split}
 - Text: `{text}`, weights {text_weights}, {text_trained}, pooled over {pooling}. Licence of the weights it started from:
   {text_licence}.
 
-{length} with a batch size of {batch_size} pairs, seed {seed}; the weights are those of the best epoch on the validation
+{length} with a batch size of {batch_size} pairs, seed {seed}; the weights are {kept}, the best on the validation
 images. `config.json` has all settings.
 
 ## Results
@@ -75,12 +75,12 @@ LOSSES = {
 }
 
 
-def write_card(run_dir, config, model, splits, scores, notes=None):
+def write_card(run_dir, config, model, splits, scores, notes=None, kept="those of an epoch"):
     """Writes RUN_DIR/README.md.
 
     splits: {"train": Split, "val": Split}. scores: of the validation split, from `evaluation.retrieval.recall`; where they are
     corrected for hubness with a key more, "cosines", the scores without that. notes: the `loading.splits.SplitNotes` of the
-    data.
+    data. kept: what the weights are.
     """
     licence = getattr(model.image_encoder.backbone, "pretrained_cfg", {}).get("license") or "see their source"
     none = "none, it was initialised randomly"
@@ -96,6 +96,7 @@ def write_card(run_dir, config, model, splits, scores, notes=None):
     split = [f"Split: {notes.rule}.", *(f"**{line}.**" for line in [notes.caution] if line)] if notes else []
     text = CARD.format(
         split="".join(f"\n\n{line}" for line in split),
+        kept=kept,
         rsum=sum(scores[side][column] for side in sides for column in columns[:3]),
         few=few_note(val),
         correction=correction,

@@ -21,7 +21,7 @@ from evaluation.retrieval import (
     similarities,
 )
 from training import distributed
-from training.checkpoint import PREVIOUS
+from training.checkpoint import PREVIOUS, TRADEOFF
 from training.data import Split, count_cut, some_pairs, split_features
 from training.losses import SIDES, Objective
 from training.model_card import write_card
@@ -141,7 +141,8 @@ def write_report(state, splits, start, device, dtype):
     scores = score(model, I_f, T_f, validation.image_of_text, validation.captions, device)
     best, chance = max(history, key=lambda row: row["rsum"]), 100 / len(validation.names)
     before = "before fine-tuning" + ("" if state.config.model else " (heads only)")
-    summary = f"best epoch {best['epoch']}" if best["rsum"] > start.rsum else f"best {before}"
+    improved, mixed = best["rsum"] > start.rsum, state.config.wise_ft and (run_dir / TRADEOFF).exists()
+    summary = "mixture" if mixed else f"best epoch {best['epoch']}" if improved else f"best {before}"
     print(f"\n{summary}, in {run_dir}; validation recall in percent (chance of R@1 from text to image: {chance:.2f}):")
     print(recall_table(scores, len(validation.names)))
     if validation.notes.caution:
@@ -155,7 +156,14 @@ def write_report(state, splits, start, device, dtype):
         draw_curves(history, run_dir / "curves.png")
         draw_examples(model, validation, I_f, T_f, device, run_dir)
         learn_relevance(model, validation, I_f, device, run_dir)
-        write_card(run_dir, state.config, model, splits, scores, validation.notes)
+        kept = (
+            "a mixture of those before and after"
+            if mixed
+            else f"those of epoch {best['epoch']}"
+            if improved
+            else f"those {before}"
+        )
+        write_card(run_dir, state.config, model, splits, scores, validation.notes, kept)
         (run_dir / PREVIOUS).unlink(missing_ok=True)  # needed only while training goes on
 
 

@@ -13,7 +13,7 @@ from encoders.tokenizer import read_tokenizer
 from generation.joint import Joint
 from training import distributed
 from training.adapters import merged
-from training.checkpoint import load_latest, load_optimizer, write_checkpoint, write_history
+from training.checkpoint import TRAINED, load_latest, load_optimizer, write_checkpoint, write_history
 from training.gradient_cache import Embedder
 from training.losses import Objective
 from training.optimization import create_optimizer, parameter_groups
@@ -85,6 +85,9 @@ class TrainState:
         if distributed.is_main_process():
             if best:
                 save_weights(self.scored_model, run_dir)
+            if self.config.wise_ft and self.rsums[-1] > max(self.rsums[:-1], default=-1.0):
+                (run_dir / TRAINED).mkdir(exist_ok=True)
+                save_weights(self.scored_model, run_dir / TRAINED)
             write_history(run_dir / "history.csv", self.history)
         self.save()  # last, so that after a kill the epoch is repeated and all is written
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
@@ -240,6 +241,33 @@ def test_the_mixture_that_is_kept_is_what_the_run_folder_holds(run, tune, classe
     contents = (tuned / "model.safetensors").read_bytes()
     main.train(parse_config(["shapes", "--resume", "--run-dir", str(tuned)], "shapes")[0])
     assert (tuned / "model.safetensors").read_bytes() == contents  # nothing was trained, so nothing is mixed again
+
+
+def test_where_no_epoch_beat_the_start_the_best_of_them_is_mixed(run, tune, classes, capsys):
+    """It is not the start that is mixed with itself, and what is printed as new is what the epoch had."""
+    rates = ("--head-lr", 0.3, "--image-encoder-lr", 0.3, "--text-encoder-lr", 0.3)
+    tuned = tune("--keep-folder", classes, "--keep-template", "a {} .", "--wise-ft", *rates)
+    printed = capsys.readouterr().out
+    epochs = [float(row["rsum"]) for row in csv.DictReader((tuned / "history.csv").open())]
+    rows = list(csv.DictReader((tuned / "tradeoff.csv").open()))
+    old, new = (float(rows[end]["rsum"]) for end in (0, -1))
+    assert old > new == max(epochs)
+    assert f"no epoch beat the start: rsum {new:.1f} at best, {old:.1f} before" in printed
+    assert f"(new {new:.1f}, old {old:.1f})" in printed and "\nmixture, in " in printed and "best epoch" not in printed
+    trained, before = (clip.load(folder, "cpu")[0].state_dict() for folder in (tuned, run))
+    weights = safetensors.torch.load_file(tuned / "trained" / "model.safetensors")
+    assert any(not torch.equal(value, weights[name]) for name, value in before.items())
+    share = float(next(row["share"] for row in rows if row["chosen"]))
+    assert all(torch.equal(value, trained[name]) for name, value in mix(before, weights, share).items())
+    assert "a mixture of those before and after" in (tuned / "README.md").read_text()
+
+
+def test_a_run_that_kept_no_epochs_weights_says_so(tune, classes, capsys):
+    tuned = tune("--head-lr", 0.3, "--image-encoder-lr", 0.3, "--text-encoder-lr", 0.3)
+    flags = ["--keep-folder", str(classes), "--keep-template", "a {} .", "--wise-ft"]
+    main.train(parse_config(["shapes", "--resume", "--run-dir", str(tuned), *flags], "shapes")[0])
+    assert "mixture: none, as the run kept the weights of no epoch" in capsys.readouterr().out
+    assert not (tuned / "tradeoff.csv").exists()
 
 
 def test_what_does_not_improve_is_not_kept(run, tune, capsys):
