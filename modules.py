@@ -20,6 +20,7 @@ from utils.errors import UserError
 from utils.images import AREA
 
 BUCKET = 32  # captions per forward pass on a CPU
+ROUNDING = 1e-5  # of features, relative to their size
 
 
 class ImageEncoder(nn.Module):
@@ -264,11 +265,13 @@ class ProjectionHead(nn.Module):
     def standardize(self, features):
         """Sets mean and std to those of training features, (n, d), so that all features have the same scale.
 
-        Very small standard deviations are clamped: otherwise such a feature would dominate once its encoder is trained.
+        Very small standard deviations are clamped: otherwise such a feature would dominate once its encoder is trained. Where
+        the rows differ by rounding only, as those of equal captions do, std stays 1.
         """
-        std = features.std(dim=0)
+        std = features.std(dim=0, correction=min(1, len(features) - 1))
         self.mean.copy_(features.mean(dim=0))
-        self.std.copy_(std.clamp(min=float(std.mean()) / 10))
+        varies = std.mean() > ROUNDING * features.abs().mean()
+        self.std.copy_(std.clamp(min=float(std.mean()) / 10) if varies else torch.ones_like(std))
 
     def forward(self, features):
         features = self.feature_dropout((features - self.mean) / self.std)

@@ -17,15 +17,18 @@ def start_from_cca(model, I_f, T_f, image_of_text):
     I_f: (n, d_i) and T_f: (m, d_t), features of the training pairs. image_of_text: (m,) each caption's image. The maps are
     scaled to the norm of random weights, so that a learning rate means the same. CCA finds at most as many directions as there
     are features or images; rows of the heads that are left become 0 in the image head and stay random, but small, in the text
-    head: at first they hardly change a cosine, and they can learn. The residual of two-layer heads stays random.
+    head: at first they hardly change a cosine, and they can learn. The residual of two-layer heads stays random. Where nothing
+    correlates, as all pictures or all captions are alike, the heads stay as they are, which is printed.
     """
     image_head, text_head = model.image_projection, model.text_projection
     W_i, W_t = image_head.projection.weight, text_head.projection.weight  # (d_e, d_i), (d_e, d_t)
+    maps = canonical_maps(standardized(image_head, I_f), standardized(text_head, T_f), image_of_text, len(W_i))
+    if not maps[0].shape[1]:
+        return print("--head-init cca: nothing correlates, as all pictures or all captions are alike; the heads start random")
     W_i.zero_()
     W_t.mul_(SMALL)
     if image_head.projection.bias is not None:  # standardised features have mean 0
         image_head.projection.bias.zero_()
-    maps = canonical_maps(standardized(image_head, I_f), standardized(text_head, T_f), image_of_text, len(W_i))
     for W, found in zip((W_i, W_t), maps):
         norm = (len(W) / 3) ** 0.5  # of random weights, uniform in +-1 / sqrt(d)
         W[: found.shape[1]] = (found * norm / found.norm()).T.to(W)

@@ -1,5 +1,7 @@
 """Heads that start from canonical correlation analysis: the maps against scipy's eigenvectors, and a run with them."""
 
+import shutil
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -110,3 +112,54 @@ def test_they_need_heads(flags):
     assert messages[-1:] == [
         "--hidden-width, --head-init cca: are for heads, and --num-projection-layers 0 has none; leave one out"
     ]
+
+
+def features(kind, n=50, d=6):
+    """(n, d) features, some or all of which do not vary; or vary by what rounding leaves."""
+    torch.manual_seed(1)
+    X = torch.randn(n, d)
+    if kind == "one constant":
+        X[:, 2] = 7.0
+    if kind == "all constant":
+        X[:] = X[0]
+    if kind == "equal but for rounding":
+        X = X[0] * (1 + 1e-7 * torch.randn(n, 1))
+    return X[:1] if kind == "one row" else X
+
+
+@pytest.mark.parametrize("kind", ["one constant", "all constant", "equal but for rounding", "one row"])
+def test_features_that_do_not_vary_are_not_divided_by_0(kind):
+    head, X = ProjectionHead(6, 4).eval(), features(kind)
+    head.standardize(X)
+    standardised = (X - head.mean) / head.std
+    assert standardised.isfinite().all() and standardised.abs().max() < 10
+    assert head(X + 0.1).isfinite().all()
+    if kind == "one constant":
+        assert standardised.std(dim=0)[[0, 1, 3, 4, 5]].numpy() == pytest.approx(1) and not standardised[:, 2].any()
+    else:
+        assert head.std.tolist() == [1.0] * 6
+
+
+@pytest.mark.parametrize("kinds", [("all constant", "varied"), ("varied", "all constant"), ("all constant", "all constant")])
+def test_heads_stay_random_where_nothing_correlates(kinds, capsys):
+    model = torch.nn.Module()
+    model.image_projection, model.text_projection = ProjectionHead(6, 4), ProjectionHead(6, 4)
+    X, Y = map(features, kinds)
+    heads = [model.image_projection, model.text_projection]
+    before = [head.projection.weight.clone() for head in heads]
+    for head, rows in zip(heads, (X, Y)):
+        head.standardize(rows)
+    start_from_cca(model, X, Y, torch.arange(len(X)))
+    assert all(torch.equal(head.projection.weight, weight) for head, weight in zip(heads, before))
+    assert "nothing correlates" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("head_init", ["cca", "random"])
+def test_a_run_on_equal_captions_ends_with_finite_weights(sample, small_flags, tmp_path, head_init):
+    shutil.copytree(sample, tmp_path / "equal")
+    rows = pd.read_csv(tmp_path / "equal" / "captions.txt")
+    rows.assign(caption="A red circle .").to_csv(tmp_path / "equal" / "captions.txt", index=False)
+    flags = {"data_dir": tmp_path / "equal", "freeze": "both", "head_init": head_init, "head_lr": 1e-3, "epochs": 1}
+    model = main.train(parse_config(small_flags(**flags, cached_crops=1), "shapes")[0])
+    assert all(value.isfinite().all() for value in model.state_dict().values())
+    assert pd.read_csv(tmp_path / "run" / "history.csv")[["loss", "val_loss", "rsum"]].notna().all(axis=None)

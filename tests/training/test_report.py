@@ -18,7 +18,6 @@ from evaluation.retrieval import recall
 from training import report
 from training.data import Split, some_pairs
 
-
 pytestmark = pytest.mark.usefixtures("undrawn")
 
 
