@@ -6,7 +6,7 @@ of a run of main.py.
 
 import sys
 
-from generation.options import FORMAT, PRESETS, load_gan, parse_config
+from generation.options import FORMAT, PRESETS, fit_batch, load_gan, parse_config
 from utils.errors import UserError, run_command
 
 if __name__ == "__main__":  # first, as what is imported below takes seconds to load
@@ -56,7 +56,7 @@ from training.checkpoint import (
     write_history,
 )
 from training.data import batch_loader, read_table
-from utils.cache import cache_line, model_key, note_use
+from utils.cache import cache_key, cache_line, model_key, note_use
 from utils.device import autocast, pick_dtype
 from utils.files import atomic_dir, atomic_write, remove_leftovers, require_own_folder, write_json
 from utils.images import center_crop, decode_images, read_images
@@ -119,7 +119,9 @@ def train(config, preset):
     source = read_captions_and_encoder(config, preset)
     run_dir, device = Path(config.run_dir), source.device
     remove_leftovers(config.cache_dir)
-    pictures, captions, image_of_text = load_training_pairs(config, source)
+    pictures, rows = load_training_pairs(config, source)
+    config, (_, image_of_text) = fit_batch(config, len(pictures), source.image_dir), image_positions(rows)
+    captions, data_key = rows["caption"], cache_key(list(rows["image"]), list(rows["caption"]), list(rows["content"]))
     embeddings = source.embed(captions)  # (m, d_e)
     sample_captions, sample_pictures = pick_validation_pairs(source)
     sample_embeddings = source.embed(sample_captions).to(device)
@@ -127,7 +129,7 @@ def train(config, preset):
     torch.manual_seed(config.seed)
     parts = create_parts(config, embeddings.shape[1], device)
     sample_noise = torch.randn(len(sample_embeddings), NOISE_DIM).to(device)
-    history = start_or_resume(config, parts, source.key)
+    history = start_or_resume(config, parts, source.key, data_key)
     note_use(run_dir, pictures.dataset.folder)
     loader = create_loader(config, pictures, embeddings, image_of_text)
     sampler = loader.batch_sampler
@@ -140,7 +142,7 @@ def train(config, preset):
         loss_d, loss_g = train_epoch(parts, loader, device, source.dtype, f"epoch {epoch + 1}")
         row = {"epoch": epoch + 1, "discriminator_loss": loss_d, "generator_loss": loss_g}
         history.append(row | {"seconds": time.perf_counter() - started})
-        save_state(run_dir, parts, history)
+        save_state(run_dir, parts, history, data_key)
         samples = draw_pictures(parts["average"].module, sample_noise, sample_embeddings)
         path = run_dir / "samples" / f"epoch-{epoch + 1:03}.png"
         draw_generated(f"validation captions, epoch {epoch + 1}", sample_captions, sample_pictures, samples, path)
@@ -155,20 +157,14 @@ def train(config, preset):
 
 
 def load_training_pairs(config, source):
-    """(pictures, captions, image_of_text): n decoded training pictures, m captions, (m,) position of each caption's image.
-
-    Raises UserError where there are fewer pictures than a batch needs.
-    """
+    """(pictures, rows): n decoded training pictures, and the rows of the table with their m captions."""
     rows = source.table[source.table["split"] == "train"]
     names, _ = image_positions(rows)
     paths = [source.image_dir / name for name in names]
     pictures, bad = decode_images(paths, IMAGE_SIZE, config.cache_dir, config.num_workers, source.skip_bad)
     rows = rows[~rows["image"].isin([names[i] for i in bad])]
     pictures = Subset(pictures, [i for i in range(len(names)) if i not in bad])
-    _, image_of_text = image_positions(rows)
-    if len(pictures) < config.batch_size:
-        raise UserError(f"--batch-size {config.batch_size}: there are only {len(pictures)} training images; lower it")
-    return pictures, rows["caption"], image_of_text
+    return pictures, rows
 
 
 def pick_validation_pairs(source):
@@ -194,12 +190,15 @@ def create_parts(config, width, device):
     }
 
 
-def start_or_resume(config, parts, key):
-    """Restores `parts` if the run is resumed, else renames an earlier run; writes gan.json. Returns the history so far."""
+def start_or_resume(config, parts, key, data_key):
+    """Restores `parts` if the run is resumed, else renames an earlier run; writes gan.json. Returns the history so far.
+
+    key: of the text encoder. data_key: of the training captions and of what the image files hold.
+    """
     run_dir, history = Path(config.run_dir), []
     if config.resume:
         check_encoder(config, key)
-        history = load_state(run_dir, parts)
+        history = load_state(run_dir, parts, data_key)
         print(f"resuming after epoch {len(history)}")
     else:
         backup_run(run_dir, "gan.json")
@@ -259,19 +258,21 @@ def take_step(optimizer, loss):
     optimizer.step()
 
 
-def save_state(run_dir, parts, history):
+def save_state(run_dir, parts, history, data_key):
     """Writes the generator's averaged weights, the history, and a checkpoint to resume from."""
-    state = {name: part.state_dict() for name, part in parts.items()} | {"history": history}
+    state = {name: part.state_dict() for name, part in parts.items()} | {"history": history, "data": data_key}
     weights = {name: tensor.contiguous() for name, tensor in parts["average"].module.state_dict().items()}
     atomic_write(run_dir / "generator.safetensors", lambda path: path.write_bytes(safetensors.torch.save(weights)))
     write_history(run_dir / "history.csv", history)
     write_checkpoint(run_dir, state)
 
 
-def load_state(run_dir, parts):
+def load_state(run_dir, parts, data_key):
     """The inverse of `save_state`; returns the history. Raises UserError where the checkpoint is damaged or of another run."""
 
     def restore(saved):
+        if saved.get("data", data_key) != data_key:  # an earlier version kept none
+            raise UserError(f"{run_dir}: its pictures or captions have changed; restore them, or start a new run")
         for name, part in parts.items():
             load = partial(load_optimizer, part) if isinstance(part, torch.optim.Optimizer) else part.load_state_dict
             load(saved[name])

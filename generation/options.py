@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from config import check_run_dir, require_runs
+from config import AtMost, check_run_dir, is_passed, require_runs
 from utils.cli import HELP, command_help, dataclass_flags, parse
 from utils.errors import UserError
 
@@ -29,7 +29,7 @@ class GANConfig:
     output: str = ""  # folder for them; empty: RUN_DIR/pictures
 
     epochs: int = 25  # passes over the training images
-    batch_size: int = 16  # pictures per step; with small batches training is faster
+    batch_size: int = 16  # pictures per step, at most all; with small batches training is faster
     generator_lr: float = 1e-3  # Adam's learning rate
     discriminator_lr: float = 1e-3  # Adam's learning rate
     ema: float = 0.998  # decay per step of the moving average of the generator's weights, used for generating
@@ -70,6 +70,8 @@ def parse_config(arguments):
             "--data-dir, --captions-path, --image-path: without a preset the text encoder would be the drawn sample's; name a "
             "run on your data with --run, or the preset shapes"
         )
+    if not (config.resume or is_passed("--batch-size", flags)):
+        config = replace(config, batch_size=AtMost(config.batch_size))
     check_run_dir(config.run_dir)
     for name in ["epochs", "generator_lr", "discriminator_lr"]:
         if getattr(config, name) <= 0:
@@ -85,6 +87,21 @@ def parse_config(arguments):
     if config.run != PRESETS["shapes"].run:  # which is trained first where it is not there
         require_runs(config.run)
     return config, preset
+
+
+def fit_batch(config, num_images, place):
+    """The GANConfig with a batch that so many training images fill: one that nobody passed is lowered, which is printed.
+
+    Raises UserError where one that was passed does not fit, and for a single picture.
+    """
+    if num_images < 2:
+        raise UserError(f"{place}: {num_images} training images are too few for any batch; add pictures")
+    if config.batch_size <= num_images:
+        return replace(config, batch_size=int(config.batch_size))
+    if not isinstance(config.batch_size, AtMost):
+        raise UserError(f"--batch-size {config.batch_size}: there are only {num_images} training images in {place}; lower it")
+    print(f"batch size {num_images} instead of {config.batch_size}: there are no more training images")
+    return replace(config, batch_size=num_images)
 
 
 def load_gan(run_dir):

@@ -19,7 +19,7 @@ from config import parse_config
 from dataset import PairSampler
 from generation.joint import Joint
 from generation.networks import IMAGE_SIZE, discriminator_loss, generator_loss, gradient_penalty
-from generation.options import GANConfig
+from generation.options import GANConfig, fit_batch, load_gan
 from training.checkpoint import lock_run_dir
 from utils import files as storage
 from utils.device import autocast
@@ -288,3 +288,46 @@ def test_the_commands_errors_are_one_line():
     process = run_script("GAN.py", "shapes", "--batch-size", "1")
     assert process.returncode == 2
     assert process.stderr.startswith("error: --batch-size 1: must be 2 or more") and process.stderr.count("\n") == 1
+
+
+def test_a_batch_that_nobody_passed_fits_the_pictures(capsys):
+    config, _ = GAN.parse_config(["shapes"])
+    assert fit_batch(config, 16, "DIR").batch_size == 16 and not capsys.readouterr().out
+    fitted = fit_batch(config, 6, "DIR")
+    assert fitted.batch_size == 6 and "batch size 6 instead of 16: there are no more training images" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--batch-size 16: there are only 6 training images in DIR; lower it"):
+        fit_batch(GAN.parse_config(["shapes", "--batch-size", "16"])[0], 6, "DIR")
+    with pytest.raises(UserError, match="DIR: 1 training images are too few for any batch; add pictures"):
+        fit_batch(config, 1, "DIR")
+
+
+def test_fewer_pictures_than_the_default_batch_train_a_generator(run, sample, tmp_path, capsys):
+    shutil.copytree(sample, tmp_path / "few")
+    train = tmp_path / "few" / "shapes.trainImages.txt"
+    train.write_text("\n".join(train.read_text().split()[:10]) + "\n")
+    flags = ["shapes", "--run", str(run), "--data-dir", str(tmp_path / "few"), "--run-dir", str(tmp_path / "gan")]
+    flags += ["--epochs", "1", "--device", "cpu", "--cache-dir", str(tmp_path / "cache")]
+    GAN.train(*GAN.parse_config(flags))
+    assert "batch size 10 instead of 16" in capsys.readouterr().out
+    assert load_gan(tmp_path / "gan")["config"].batch_size == 10  # so a resumed training has it, too
+
+
+@pytest.mark.parametrize("changed", ["picture", "caption"])
+def test_a_generator_is_not_resumed_on_other_pictures_or_captions(run, sample, tmp_path, changed):
+    data = tmp_path / "data"
+    shutil.copytree(sample, data)
+    flags = ["shapes", "--run", str(run), "--data-dir", str(data), "--run-dir", str(tmp_path / "gan"), "--device", "cpu"]
+    flags += ["--cache-dir", str(tmp_path / "cache"), "--batch-size", "32"]
+    GAN.train(*GAN.parse_config([*flags, "--epochs", "1"]))
+    before = (tmp_path / "gan" / "generator.safetensors").read_bytes()
+    names = (data / "shapes.trainImages.txt").read_text().split()
+    if changed == "picture":  # another under the same name
+        shutil.copy(data / "Images" / names[1], data / "Images" / names[0])
+    else:
+        text = (data / "captions.txt").read_text()
+        at = text.index(names[0])
+        (data / "captions.txt").write_text(text[:at] + text[at:].replace(" ", " very ", 1))
+    resumed = ["shapes", "--run-dir", str(tmp_path / "gan"), "--resume", "--epochs", "2"]
+    with pytest.raises(UserError, match="its pictures or captions have changed; restore them, or start a new run"):
+        GAN.train(*GAN.parse_config(resumed))
+    assert (tmp_path / "gan" / "generator.safetensors").read_bytes() == before
