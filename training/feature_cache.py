@@ -86,8 +86,8 @@ def cache_image_features(config, encoder, split, image_dir, training, device, dt
     n, names, folder = len(split.names), [image_dir / name for name in split.names], Path(config.cache_dir)
     num_crops, cache_dtype = config.cached_crops if training else 1, torch.float32
     if encoder.stage:
-        run, kind, shape = partial(run_trunk, encoder), "activations", tuple(encoder.activation_shape)
-        cache_dtype = activation_dtype(config, dtype) if training else cache_dtype
+        run, shape = partial(run_trunk, encoder), tuple(encoder.activation_shape)
+        kind, cache_dtype = ("activations", activation_dtype(config, dtype)) if training else ("exact-activations", cache_dtype)
     else:
         run, kind, shape = encoder, "image-features", (encoder.width,)
     crop_settings = (CROPS, num_crops, config.crop, config.hflip, config.seed) if num_crops > 1 else None

@@ -192,11 +192,12 @@ def correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir):
     model.hubness = hubness
     right = right_pairs(image_of_text, number_captions(validation.captions), before.shape[1])
     after = similarities(model, I_f, T_f, device)
-    corrected, worse = recall(after, image_of_text, right), count_worse(before, after, image_of_text, right)
+    corrected = recall(after, image_of_text, right)
+    worse = count_worse(before, after, image_of_text, right) if corrected["rsum"] < scores["rsum"] else 0
     helps = worse < MIN_WORSE
-    reason = f"rsum is lower in {worse} of {NUM_HALVES} random halves of the images"
-    kept = f"kept{f', as {reason} only' if corrected['rsum'] < scores['rsum'] else ''}" if helps else f"not kept, as {reason}"
-    print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}")
+    reason = f", as rsum is lower in {worse} of {NUM_HALVES} random halves of the images" if worse else ""
+    kept = "kept" if helps else "not kept"
+    print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}{reason}")
     if not helps:
         model.hubness = None
         return scores
