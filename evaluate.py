@@ -62,14 +62,14 @@ def match(options):
     low, high = scores["interval"]
     print(f"{options.split}: {len(paths):,} images, {options.choices} captions to choose from for each")
     print(f"accuracy {scores['accuracy']:.1f}% (95% interval {low:.1f} to {high:.1f}), chance {scores['chance']:.1f}%")
+    if options.json:
+        write_json(options.json, scores)
     rng = np.random.default_rng(options.seed)
     images = np.sort(rng.choice(len(paths), min(NUM_PAIRS, len(paths)), replace=False))
     rows = [rng.choice(np.flatnonzero(image_of_text == image)) for image in images]
     pictures = [center_crop(read_image(paths[image], DRAWN_PIXELS), DRAWN_PIXELS) for image in images]
     draw_similarity(pictures, [captions[row] for row in rows], similarity[np.ix_(rows, images)], options.output)
     print(f"drawn in {options.output}")
-    if options.json:
-        write_json(options.json, scores)
 
 
 def main(arguments):

@@ -29,10 +29,12 @@ from search.queries import (
     read_queries,
 )
 from search.searcher import Searcher
-from utils.errors import lost_process
+from utils.errors import UserError, lost_process
 from utils.files import write_json
+from utils.folders import printable
 from utils.images import read_image
 
+MAX_NAME = 40  # characters of a file name in a grid
 GRID_PIXELS = 320  # shorter side of the pictures in a grid
 
 
@@ -43,14 +45,16 @@ def find_matches(model, image_embeddings, query, image_filenames, n=9, output=""
     query: a text, or a `search.queries.Query`.
     image_filenames: N paths. Scores are cosines, minus the hubness of vectors that have it. There are N matches if n is larger.
     output: a PNG to draw the matches into; show opens a window with it.
-    Raises UserError for an empty query, and where embeddings and paths do not fit together.
+    Raises UserError for an empty query, for n below 1, and where embeddings and paths do not fit together.
     """
+    if n < 1:
+        raise UserError(f"find_matches: n={n}; must be at least 1")
     query = Query((query,)) if isinstance(query, str) else query
     embedding = query.embed(model)
     if not hasattr(image_embeddings, "top_k"):
         image_embeddings = as_vectors(image_embeddings, image_filenames, len(embedding))
     matches = best_matches(image_embeddings, embedding, image_filenames, n)
-    if output:
+    if output and matches:
         draw_matches(str(query), judge(matches), output, show)
     return matches
 
@@ -59,7 +63,9 @@ def draw_matches(title, matches, output, show, read_picture=None):
     """The grid of a list of `Match`. read_picture: maps a path to the picture to draw, in the place of the file's own."""
     from utils.plots import draw_grid  # only here: matplotlib takes most of a second
 
-    titles = [f"{match.label().strip()}  {Path(match.filename).name}" for match in matches]
+    names = [Path(match.filename).name for match in matches]
+    names = [name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}...{name[-MAX_NAME // 2 :]}" for name in names]
+    titles = [f"{match.label().strip()}  {name}" for match, name in zip(matches, names)]
     read_picture = read_picture or partial(read_image, size=GRID_PIXELS)
     draw_grid(title, [read_picture(match.filename) for match in matches], titles, output, show)
 
@@ -76,16 +82,34 @@ def search(options):
     if options.map:
         return write_map(searcher, options)
     if options.classify:
-        answer = answer_classes(searcher, options)
+        answer, draw = answer_classes(searcher, options)
     elif options.query_file:
-        answer = answer_lines(searcher, options)
+        answer, draw = answer_lines(searcher, options)
     elif options.image:
-        answer = answer_picture(searcher, options)
+        answer, draw = answer_picture(searcher, options)
     else:
-        answer = answer_text(searcher, options)
+        answer, draw = answer_text(searcher, options)
+    deliver(options, answer, draw)
+    searcher.save_text_encoder()
+
+
+def deliver(options, answer, draw):
+    """Writes what was found, and draws it after that: draw(), or nothing where that is None.
+
+    Raises UserError where it cannot be drawn; what was found is then not lost.
+    """
     if options.json:
         write_json(options.json, answer)
-    searcher.save_text_encoder()
+    if not draw or not options.output:
+        return
+    try:
+        draw()
+    except UserError as error:
+        raise UserError(f"--output {options.output}: not drawn ({error}); the results above are complete") from None
+    except Exception as error:  # of many kinds: a picture that is gone meanwhile, a font's, the library's own
+        reason = f"{error}".strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"--output {options.output}: not drawn ({reason}); the results above are complete") from None
+    print(f"drawn in {options.output}")
 
 
 def find_gallery(searcher, options):
@@ -121,7 +145,7 @@ def embed_pictures(searcher, options):
 
 
 def answer_text(searcher, options):
-    """Prints and draws the pictures that match texts, and are like a picture. Returns {"query", "matches"}."""
+    """Prints the pictures that match texts, and are like a picture: ({"query", "matches"}, what `deliver` draws)."""
     query, parts = Query(options.query, options.minus, options.weights), []
     if options.query:  # embedded before the gallery, as new pictures can take long and a mistake is then seen at once
         parts.append(query.embed(searcher))
@@ -132,19 +156,20 @@ def answer_text(searcher, options):
     title = str(query) + f" like {Path(options.similar_to).name}" * bool(options.similar_to)
     found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
     text = "" if options.similar_to else query.text
+    if options.floor and not text:
+        print("--floor: was learned from single texts; for a sum, a difference or a picture none is left out")
     matches = judge(found, searcher, text, embedding, options.floor)
     answer = show_matches(title, matches, options.more)
     shown = [match for match in matches if match.relevant] or ([] if options.more else matches[:1])
+    if not shown:
+        return answer, None
     explain = None
     if options.explain:
         from search.occlusion import heat_map
 
         explain = partial(heat_map, searcher, parts[0], pixels=GRID_PIXELS)  # of the texts
-    if shown:
-        heading = f"{title}: probably nothing here" if "probably_nothing" in answer else title
-        draw_matches(heading, shown, options.output, show=True, read_picture=explain)
-        print(f"drawn in {options.output}")
-    return answer
+    heading = f"{title}: probably nothing here" if "probably_nothing" in answer else title
+    return answer, partial(draw_matches, heading, shown, options.output, True, explain)
 
 
 def show_matches(title, matches, more):
@@ -171,46 +196,46 @@ def show_matches(title, matches, more):
 
 
 def answer_lines(searcher, options):
-    """Prints the pictures that match each line of a file. Returns {"queries": [{"query", "matches"}]}."""
+    """Prints the pictures that match each line of a file: ({"queries": [{"query", "matches"}]}, None)."""
     lines = read_queries(options.query_file)
     embeddings = embed_texts(searcher, lines)
     gallery, answers = find_gallery(searcher, options), []
     for line, embedding in zip(lines, embeddings):
         found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
         answers.append(show_matches(line, judge(found, searcher, line, embedding, options.floor), options.more))
-    return {"queries": answers}
+    return {"queries": answers}, None
 
 
 def answer_picture(searcher, options):
-    """Prints and draws the pictures most like one, and prints its best captions.
+    """Prints the pictures most like one, and its best captions.
 
-    Returns {"image", "captions": [{"caption", "score"}], "matches"}.
+    Returns ({"image", "captions": [{"caption", "score"}], "matches"}, what `deliver` draws).
     """
     from search.run_data import embed_captions
 
     embedding, name = searcher.embed_file(options.image), Path(options.image).name
     gallery = find_gallery(searcher, options)
     matches = judge(best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n))
-    print(f"like {name}:")
+    print(f"like {printable(name)}:" if matches else f"like {printable(name)}: no more pictures")
     print_matches(matches)
     texts, embeddings = embed_captions(searcher)
     captions = best_captions(texts, embeddings, embedding)
     print(f"its best captions among {len(texts):,}:")
     for caption, score in captions:
-        print(f"{score:7.3f}  {caption}")
-    draw_matches(f"like {name}", matches, options.output, show=True)
-    print(f"drawn in {options.output}")
+        print(f"{score:7.3f}  {printable(caption)}")
+    draw = partial(draw_matches, f"like {name}", matches, options.output, True) if matches else None
     captioned = [{"caption": caption, "score": score} for caption, score in captions]
-    return {"image": options.image, "captions": captioned, "matches": [match.record() for match in matches]}
+    return {"image": options.image, "captions": captioned, "matches": [match.record() for match in matches]}, draw
 
 
 def answer_classes(searcher, options):
-    """Prints the probability of each class for a picture. Returns {"image", "classes": [{"name", "probability"}]}."""
+    """Prints the probability of each class for a picture: ({"image", "classes": [{"name", "probability"}]}, None)."""
     embedding = searcher.embed_file(options.image)
     classes = classify_embedding(searcher.model, embedding, list(options.classify))
     for name, probability in classes:
-        print(f"{min(100 * probability, 99.9):6.1f}%  {name}")  # never 100.0%
-    return {"image": options.image, "classes": [{"name": name, "probability": probability} for name, probability in classes]}
+        print(f"{min(100 * probability, 99.9):6.1f}%  {printable(name)}")  # never 100.0%
+    found = [{"name": name, "probability": probability} for name, probability in classes]
+    return {"image": options.image, "classes": found}, None
 
 
 def list_duplicates(options):
@@ -222,12 +247,8 @@ def list_duplicates(options):
     copies = sum(len(group) - 1 for group in groups)
     print(f"{len(files):,} pictures: {copies:,} are copies of {len(groups):,} others")
     for group in groups:
-        print("\n".join(f"{picture.path}  ({picture.label()})" for picture in group), end="\n\n")
-    if groups:
-        draw_duplicates(groups, options.output)
-        print(f"drawn in {options.output}")
-    if options.json:
-        write_json(options.json, {"groups": as_records(groups)})
+        print("\n".join(f"{printable(picture.path)}  ({picture.label()})" for picture in group), end="\n\n")
+    deliver(options, {"groups": as_records(groups)}, partial(draw_duplicates, groups, options.output) if groups else None)
 
 
 def write_map(searcher, options):
@@ -255,7 +276,7 @@ def print_matches(matches, divide=False):
     for i, match in enumerate(matches):
         if divide and not match.is_likely and (i == 0 or matches[i - 1].is_likely):
             print("  less likely:")
-        print(f"{match.label()}  {match.filename}")
+        print(f"{match.label()}  {printable(match.filename)}")
 
 
 if __name__ == "__main__":

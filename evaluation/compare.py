@@ -48,10 +48,10 @@ def compare(options):
         print(f"{name}: rsum {row['rsum']:.1f}", flush=True)
     print("\n" + table(results))
     points = [[(row[key], 0.0) for row in results.values()] for key in ("pictures_per_second", "rsum")]
-    draw_points(list(results), *points, "pictures embedded per second", f"rsum on {options.split}", options.output)
-    print(f"drawn in {options.output}")
     if options.json:
         write_json(options.json, {"runs": results})
+    draw_points(list(results), *points, "pictures embedded per second", f"rsum on {options.split}", options.output)
+    print(f"drawn in {options.output}")
 
 
 def speeds(opened, paths, captions):

@@ -154,7 +154,7 @@ def zeroshot(options):
     print(f"top-1 {scores['top1']:.1f}%  top-5 {scores['top5']:.1f}%")
     counts = torch.bincount(labels * len(names) + top[:, 0], minlength=len(names) ** 2).view(len(names), -1)
     scores["class_top1"] = accuracy_per_class(names, labels, top[:, 0])
-    draw_confusion(names, counts.numpy(), options.output)
-    print(f"drawn in {options.output}")
     if options.json:
         write_json(options.json, scores)
+    draw_confusion(names, counts.numpy(), options.output)
+    print(f"drawn in {options.output}")

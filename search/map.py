@@ -19,6 +19,7 @@ import numpy as np
 
 from utils.errors import UserError
 from utils.files import PNG_MARK, atomic_write, is_own_png, require_own_file
+from utils.folders import printable
 from utils.images import center_crop, read_images
 
 MAX_PICTURES = 50_000  # t-SNE of more takes many minutes
@@ -216,7 +217,7 @@ def read_thumbnails(paths, num_workers):
     thumbnails, readable = np.empty((len(paths), side, side, 3), dtype=np.uint8), []
     for i, (image, problem) in enumerate(read_images(paths, side, num_workers)):
         if problem:
-            print(f"left out {problem}")
+            print(f"left out {printable(problem)}")
             continue
         thumbnails[len(readable)] = center_crop(image, side)
         readable.append(i)

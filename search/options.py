@@ -7,7 +7,7 @@ from typing import Literal
 from config import Precision, Views, require_runs, run_names
 from utils.cli import POSITIONAL, run_cli
 from utils.errors import UserError
-from utils.files import require_own_results
+from utils.files import as_cp1252, require_own_results
 
 WRONG_SHARE = 0.001  # of wrong pictures above the floor whose figures are reported
 SEARCH_EXAMPLES = (
@@ -44,7 +44,7 @@ class Search:
     more: int = 0  # 1: the next n pictures, 2: those after them, and so on
     floor: float = 0.0  # leave out pictures below the score that this share of wrong ones reaches, as 0.001; 0: none
     explain: bool = False  # draw a heat map over each picture: which parts match the text
-    output: str = "matches.png"  # PNG of the matches or duplicates
+    output: str = "matches.png"  # PNG of the matches or duplicates; empty: none is drawn
     json: str = ""  # file for the results
     verbose: bool = False  # name every file that is left out, and why
     # Instead of a search
@@ -60,19 +60,22 @@ class Search:
 
     def __post_init__(self):
         """Raises UserError unless there is one thing to do, and flags that go with it."""
+        for name in ("query", "minus", "classify"):
+            setattr(self, name, tuple(as_unicode(text, name) for text in getattr(self, name)))
+        self.folder = as_unicode(self.folder, "--folder")
         if self.n < 1 or self.more < 0:
             raise UserError(f"--n {self.n}, --more {self.more}: must be at least 1 and at least 0")
         if not 0 <= self.floor < 1:
             raise UserError(f"--floor {self.floor}: is a share of wrong pictures, from 0 (leave out none) to below 1")
-        if self.floor and (len(self.query) != 1 or self.minus or self.similar_to) and not self.query_file:
-            raise UserError(
-                "--floor: was learned from single texts; leave it out of sums, differences and searches with a picture"
-            )
         num_queries = bool(self.query or self.similar_to) + bool(self.query_file) + bool(self.image)
         num_tasks = self.duplicates + bool(self.map) + self.embed_only + bool(self.export)
         if num_tasks and num_queries or num_tasks > 1:
             raise UserError("--duplicates, --map, --embed-only, --export: look for nothing, and go alone; leave the query out")
         if not num_tasks and num_queries != 1:
+            if self.query and self.image:
+                words = " ".join(f'"{text}"' for text in self.query)
+                both = f"--image goes alone; for words and a picture in one query: {words} --similar-to {self.image}"
+                raise UserError(f"say what to look for in one way: {both}")
             raise UserError(
                 'say what to look for: a text, as in python inference.py "a dog", --query-file FILE or --image FILE'
             )
@@ -111,6 +114,20 @@ class Page:
     num_workers: int = 4  # threads that decode pictures
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     precision: Precision = "auto"  # of matrix products; auto: the run's own
+
+
+def as_unicode(text, name):
+    """A text of the command line, which may have come in cp1252. Raises UserError, with its name, where it is in neither."""
+    contents = text.encode(errors="surrogateescape")
+    try:
+        return contents.decode()
+    except UnicodeDecodeError:
+        found = as_cp1252(contents)
+    if found is None:
+        shown = contents.decode(errors="replace")
+        raise UserError(f"{name} {shown}: is not UTF-8; set the terminal to UTF-8, and type it again")
+    print(f"{name} {found!r}: read in cp1252, as it is not UTF-8", flush=True)
+    return found
 
 
 def newest_run():

@@ -14,6 +14,7 @@ from search.index import top_k
 from search.relevance import LIKELY, NOTHING, NUM_JUDGED
 from utils.errors import UserError
 from utils.files import read_text
+from utils.folders import is_unicode, printable
 
 MAX_QUERY_LENGTH = 1000  # characters; text encoders truncate far earlier
 NUM_CAPTIONS = 5  # best captions to show for a picture
@@ -32,6 +33,8 @@ def embed_texts(model, texts):
             raise UserError(
                 f"the query has {len(text):,} characters ({text[:20]!r}...), at most {MAX_QUERY_LENGTH:,} are allowed"
             )
+        if not is_unicode(text):
+            raise UserError(f"the query {printable(text[:40])!r} is not UTF-8; type it again, in UTF-8")
     if hasattr(model, "embed_texts"):
         T_e = model.embed_texts(texts)
     else:
@@ -197,7 +200,7 @@ def classify_embedding(model, embedding, names):
 
 def read_queries(path):
     """The queries in a file, one per line; blank lines are skipped. Raises UserError if there are none."""
-    queries = [line.strip() for line in read_text(path, "--query-file").splitlines() if line.strip()]
+    queries = [line.strip() for line in read_text(path, "--query-file").split("\n") if line.strip()]
     if not queries:
         raise UserError(f"--query-file {path}: empty; write one query per line")
     return queries

@@ -7,6 +7,7 @@ file is taken once. What a file is, its first bytes say where its name does not.
 import os
 import stat
 from collections import defaultdict
+from unicodedata import category
 
 from utils.formats import HEAD, KIND_OF_ENDING, kind_of, missing_package
 
@@ -48,9 +49,9 @@ class LeftOut(defaultdict):
 
 
 def printable(path):
-    """A path as one line of text, whatever bytes it has."""
+    """A path or text as one line, whatever is in it: what would break the line or move the cursor is escaped, as \\n."""
     text = os.fsencode(path).decode(errors="replace")
-    return "".join(c if c.isprintable() else " " for c in text)
+    return "".join(c if c.isprintable() or category(c) in ("Zs", "Cf") else repr(c)[1:-1] for c in text)
 
 
 def is_hidden(name):

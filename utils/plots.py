@@ -9,11 +9,14 @@ import cv2
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
+from matplotlib.text import Text
 
 from utils.files import PNG_MARK, atomic_write
 from utils.fonts import choose_fonts
 
+MAX_LINES = 3  # of a query that is a title; the rest is left out
 MAX_NAMES = 60  # with more classes, a confusion matrix has no class names
 DARK, GREEN, GREY = "#333333", "#2e8b57", "#999999"
 
@@ -26,6 +29,7 @@ def has_display():
 
 def save(figure, path, show=False):
     """Writes a PNG. show: also open a window, if there is a display."""
+    take_literally(figure)
     choose_fonts(figure)
     options = {"format": "png", "metadata": dict([PNG_MARK]), "dpi": 110, "bbox_inches": "tight"}
     with warnings.catch_warnings():
@@ -34,6 +38,15 @@ def save(figure, path, show=False):
         if show and has_display():
             plt.show()
     plt.close(figure)
+
+
+def take_literally(figure):
+    """Draws a figure's texts as they stand: in names and captions, $ is no formula and a control character is a space."""
+    axes = [axis for axes in figure.findobj(Axes) for axis in (axes.xaxis, axes.yaxis)]
+    powers = {label for axis in axes if axis.get_scale() == "log" for label in axis.get_ticklabels(which="both")}
+    for text in set(figure.findobj(Text)) - powers:
+        text.set_parse_math(False)
+        text.set_text("".join(c if c.isprintable() or c == "\n" else " " for c in text.get_text()))
 
 
 def draw_curves(history, path):
@@ -68,6 +81,11 @@ def tidy(caption):
     return caption.strip().removesuffix(" .")
 
 
+def title_lines(text, width, max_lines=MAX_LINES):
+    """A text in lines of some characters, which is cut where there are more lines."""
+    return textwrap.fill(text, width, max_lines=max_lines, placeholder=" ...")
+
+
 def draw_similarity(pictures, captions, similarity, path):
     """The paper's figure of pictures against captions.
 
@@ -83,7 +101,7 @@ def draw_similarity(pictures, captions, similarity, path):
             axes.text(column, row, f"{similarity[row, column]:.2f}", ha="center", va="center", color=color, fontsize=9)
             if row == column:
                 axes.add_patch(Rectangle((row - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="white", linewidth=3))
-    axes.set_yticks(range(n), [textwrap.fill(tidy(caption), 44) for caption in captions], fontsize=8)
+    axes.set_yticks(range(n), [title_lines(tidy(caption), 44) for caption in captions], fontsize=8)
     axes.set_xticks([])
     axes.set_xlabel("pictures; outlined: the caption's own picture; the number: score", labelpad=8)
     axes.set_ylabel("captions")
@@ -151,7 +169,7 @@ def draw_grid(query, pictures, titles, path, show=False):
     columns = int(np.ceil(np.sqrt(len(pictures))))
     rows = int(np.ceil(len(pictures) / columns))
     figure, axes = plt.subplots(rows, columns, figsize=(3 * columns, 3 * rows + 0.6), squeeze=False, layout="constrained")
-    figure.suptitle(textwrap.fill(query, 26 * columns), fontsize=13)
+    figure.suptitle(title_lines(query, 26 * columns), fontsize=13)
     for row in range(rows):
         chosen = slice(row * columns, (row + 1) * columns)
         draw_row(axes[row], pictures[chosen], titles[chosen])
@@ -164,7 +182,7 @@ def draw_generated(title, captions, real, generated, path):
     rows = int(np.ceil(len(captions) / columns))
     figure, axes = plt.subplots(2 * rows, columns, figsize=(2.6 * columns, 5.7 * rows), squeeze=False, layout="constrained")
     figure.suptitle(title, fontsize=14)
-    titles = [textwrap.fill(tidy(caption), 28) for caption in captions]
+    titles = [title_lines(tidy(caption), 28, 5) for caption in captions]
     for row in range(rows):
         chosen = slice(row * columns, (row + 1) * columns)
         draw_row(axes[2 * row], real[chosen], titles[chosen], fontsize=10)
@@ -255,6 +273,6 @@ def draw_matches(searches, path):
     text = "number: score of caption and picture; green: the picture that the caption was written for"
     legend.text(0.01, 0.5, text, fontsize=9, color=GREEN, va="center")
     for subfigure, (query, pictures, titles, correct) in zip(rows, searches):
-        subfigure.suptitle(tidy(query), fontsize=10, x=0.01, ha="left")
+        subfigure.suptitle(title_lines(tidy(query), 24 * columns, 1), fontsize=10, x=0.01, ha="left")
         draw_row(subfigure.subplots(1, columns, squeeze=False)[0], pictures, titles, correct)
     save(figure, path)
