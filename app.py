@@ -13,6 +13,7 @@ from functools import partial
 
 import uvicorn
 
+from search.connections import BoundedProtocol
 from search.files import find_pictures
 from search.live import LiveGallery
 from search.run_data import validation_files
@@ -20,8 +21,25 @@ from search.searcher import Searcher
 from search.server import build_app
 from utils.errors import UserError
 
-MAX_CONNECTIONS = 200  # at once
 LOCAL = ["127.0.0.1", "localhost", "::1", "[::1]"]
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}  # hosts that stand for all addresses, and one that opens
+
+
+def own_names():
+    """The names under which other machines know this one, which a page elsewhere cannot lead here."""
+    name = socket.gethostname()
+    short = name.partition(".")[0]
+    return list(dict.fromkeys([name, socket.getfqdn(), short, f"{short}.local"]))
+
+
+def network_addresses():
+    """The IPv4 address of this machine in its network; none where it has no network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            asked.connect(("192.0.2.1", 9))  # sends nothing, but chooses the address from which that one would be reached
+        except OSError:
+            return []
+        return [asked.getsockname()[0]]
 
 
 def serve(options):
@@ -38,11 +56,15 @@ def serve(options):
     except (OSError, OverflowError):
         raise UserError(f"--host {host} --port {port}: cannot be opened; is the port in use? name another") from None
     what = options.images or f"the validation pictures of {options.run}"
-    print(f"http://{f'[{host}]' if ':' in host else host}:{port}  searches {what}; Ctrl-C ends it", flush=True)
+    addresses = [ANYWHERE.get(host, host), *(network_addresses() if host in ANYWHERE else ())]
+    port = listening.getsockname()[1]  # also where 0 asks for any
+    urls = [f"http://{f'[{name}]' if ':' in name else name}:{port}" for name in addresses]
+    elsewhere = f"  (from other machines: {urls[1]})" if urls[1:] else ""
+    print(f"{urls[0]}{elsewhere}  searches {what}; Ctrl-C ends it", flush=True)
     live.thread.start()
-    app = build_app(searcher, live, LOCAL if host in LOCAL else ["*"])
+    app = build_app(searcher, live, [*LOCAL, *own_names(), host])
     try:
-        uvicorn.Server(uvicorn.Config(app, log_level="warning", limit_concurrency=MAX_CONNECTIONS)).run(sockets=[listening])
+        uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, log_level="warning")).run(sockets=[listening])
     finally:
         live.stop()
 

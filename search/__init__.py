@@ -1,5 +1,6 @@
 """Search the pictures of a folder with a trained model.
 
+connections.py   bounds on connections to the page
 duplicates.py    files that are the same photograph
 export.py        export the two encoders to ONNX
 files.py         the picture files of a folder, or in tar files

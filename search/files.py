@@ -10,13 +10,17 @@ from utils.folders import HIDDEN, NOT_UTF8, LeftOut, is_hidden, is_unicode, pict
 from utils.formats import HEAD, PICTURE_ENDINGS, missing_package
 
 
+class NoPictures(UserError):
+    """A folder that can be listed and has no pictures."""
+
+
 def find_pictures(folder, verbose=False):
     """Yields (path, bytes, modification time in ns) of the pictures in a folder and its subfolders, or in tar files.
 
     folder: 'DIR/*.tar' and 'DIR/{000..099}.tar' stand for tar files, whose pictures have paths such as DIR/000.tar/NAME.
     What is left out is printed at the end: hidden files, folders that cannot be listed, names that are not UTF-8, formats whose
     package is not installed. verbose: every name.
-    Raises UserError if there are no pictures, or if the folder cannot be listed.
+    Raises NoPictures if there are none, UserError if the folder cannot be listed.
     """
     left_out, num_found = LeftOut(), 0
     found = find_in_tars(str(folder), left_out) if str(folder).endswith(".tar") else find_in_folder(folder, left_out)
@@ -27,7 +31,7 @@ def find_pictures(folder, verbose=False):
         print(line)
     if not num_found:
         endings = ", ".join(sorted(PICTURE_ENDINGS))
-        raise UserError(f"--images {folder}: no pictures there ({endings}, or other names with such contents)")
+        raise NoPictures(f"--images {folder}: no pictures there ({endings}, or other names with such contents)")
 
 
 def find_in_folder(folder, left_out):

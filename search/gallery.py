@@ -14,6 +14,7 @@ from datetime import datetime
 import numpy as np
 
 from search import index
+from search.files import NoPictures
 from search.index import CompressedIndex, exact_top_k, open_index
 from search.store import DATE, Store
 from search.update import merge_parts, parts_folder, update
@@ -177,12 +178,19 @@ def print_left_out(paths, verbose):
 def update_store(store, searcher, files, folder, num_workers, on_progress=None):
     """Makes a `Store` have what a gallery's files are now. Returns how many there are. Arguments: as for `open_gallery`.
 
+    Where there are none, those of the folder are forgotten, before `search.files.NoPictures` goes on.
     on_progress: called with the number of files once they are listed, and whenever some were embedded.
     """
     with processes.main_process_first():
         if processes.is_main_process():
             merge_parts(store, parts_folder(store))
-        count = store.list_files(files)
+        try:
+            count = store.list_files(files)
+        except NoPictures:
+            store.list_files([])
+            if processes.is_main_process() and folder:
+                store.forget(folder)
+            raise
     if on_progress:
         on_progress(count)
     if processes.size() > 1 or store.count_stale():

@@ -9,6 +9,14 @@ from config import is_model_name, is_stream, load_run, run_names
 from utils.cache import write_array
 from utils.errors import UserError
 
+CAPTIONS_PER_STEP = 512  # between which the page follows its folder
+
+
+def print_progress(count, total):
+    """Says once that captions are embedded, where that takes more than a moment."""
+    if not count and total > CAPTIONS_PER_STEP:
+        print(f"embedding {total:,} captions, which is done once", flush=True)
+
 
 def read_data(run):
     """(table, image_dir) of the data set that a run was trained on. Raises UserError if it is no longer there.
@@ -41,11 +49,11 @@ def validation_files(run):
     return [(path, stat.st_size, stat.st_mtime_ns) for path in paths for stat in [os.stat(path)]]
 
 
-def embed_captions(searcher):
+def embed_captions(searcher, on_progress=print_progress):
     """The distinct captions of a run's data set: (captions, vectors), m strings and (m, d_e + 1), as `search.queries` says.
 
     searcher: a `search.searcher.Searcher`. The vectors are cached on disk. If the data set is no longer there, m is 0 and a
-    message is printed.
+    message is printed. on_progress: called with the numbers of captions embedded and in all, before each step.
     """
     try:
         captions = list(read_data(searcher.run)[0]["caption"].unique())
@@ -59,6 +67,10 @@ def embed_captions(searcher):
             return captions, vectors
     except (OSError, ValueError, EOFError):  # not yet computed, or damaged
         pass
-    write_array(path, searcher.embed_captions(captions))
+    steps = []
+    for start in range(0, len(captions), CAPTIONS_PER_STEP):
+        on_progress(start, len(captions))
+        steps.append(searcher.embed_captions(captions[start : start + CAPTIONS_PER_STEP]))
+    write_array(path, np.concatenate(steps))
     searcher.note_use(path)
     return captions, np.load(path, mmap_mode="r")

@@ -4,6 +4,8 @@ A picture is named by a key (`search.gallery.Gallery.key_of`), so no request can
 only.
 """
 
+import asyncio
+import ipaddress
 import secrets
 import threading
 from collections import OrderedDict
@@ -16,7 +18,7 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
@@ -26,12 +28,16 @@ from utils.errors import UserError
 from utils.files import read_bytes
 from utils.formats import decode
 from utils.images import center_crop, read_image
+from utils.memory import release_memory
 
 PAGE = Path(__file__).parent / "page"
 PAGE_FILES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}  # and their types
 NUM_SHOWN = 24  # matches at once; more come when the page is scrolled
 TILE_PIXELS, LARGE_PIXELS = 320, 1600  # shorter side of a tile; longer side of a large picture
 MAX_UPLOAD = 20_000_000  # bytes
+MAX_BODIES, MAX_WAITING = 4, 100  # uploads that are received at once, and that wait for that
+UPLOAD_SECONDS = 60  # in which an upload must have come
+LARGE = 8_000_000  # pixels; after a picture that has more, memory is given back
 MAX_CLASSES = 50
 MAX_DECODING = 2  # pictures at once; a large one takes much memory
 NUM_QUERIES, NUM_TILES, NUM_UPLOADS = 500, 1000, 100  # that are kept in memory
@@ -54,6 +60,7 @@ class Page:
     def __init__(self, searcher, live):
         self.searcher, self.live, self.uploads, self.jobs = searcher, live, OrderedDict(), {}
         self.lock, self.decoding = threading.Lock(), threading.BoundedSemaphore(MAX_DECODING)
+        self.embedding, self.receiving, self.num_waiting = threading.Lock(), asyncio.Semaphore(MAX_BODIES), 0
         self.embed = lru_cache(NUM_QUERIES)(lambda text, minus: embed_query(searcher, [text], [minus] if minus else []))
         self.tile = lru_cache(NUM_TILES)(lambda path, key: draw_tile(path))  # a changed file gets another key
 
@@ -68,6 +75,7 @@ class Page:
                 "total": live.total,
                 "working": live.working,
                 "problem": live.problem,
+                "notes": live.notes(),
                 "files": [name for name in RUN_PICTURES if self.searcher.is_folder and Path(self.searcher.run, name).exists()],
             }
         )
@@ -134,13 +142,21 @@ class Page:
     # ---- a picture from outside ------------------------------------------------------------------------------------
 
     async def upload(self, request):
-        """Embeds the picture that is the request's body. Answers with a key for it and its best captions."""
-        contents, name = bytearray(), request.query_params.get("name", "picture")
-        async for chunk in request.stream():
-            contents += chunk
-            if len(contents) > MAX_UPLOAD:
-                raise UserError(f"the picture has more than {MAX_UPLOAD // 1_000_000} MB; scale it down")
-        embedding = await run_in_threadpool(self.embed_upload, bytes(contents), Path(name).name)
+        """Embeds the picture that is the request's body. Answers with a key for it and its best captions.
+
+        A few are received at once, and others wait, so that their bytes do not fill the memory; beyond that they get 503.
+        """
+        if self.num_waiting >= MAX_WAITING:
+            raise HTTPException(503, "too many pictures at once; try again in a moment")
+        self.num_waiting += 1
+        try:
+            async with self.receiving:
+                contents, name = await receive_picture(request), request.query_params.get("name", "picture")
+                embedding = await run_in_threadpool(self.embed_upload, contents, Path(name).name)
+                contents = None
+        finally:
+            self.num_waiting -= 1
+            release_memory()
         key = secrets.token_urlsafe(12)
         self.uploads[key] = embedding
         while len(self.uploads) > NUM_UPLOADS:
@@ -148,7 +164,7 @@ class Page:
         return JSONResponse({"upload": key, "captions": self.best_captions(embedding)})
 
     def embed_upload(self, contents, name):
-        with self.decoding:
+        with self.embedding:  # one at a time: a large picture takes gigabytes while it is decoded
             return self.searcher.embed_picture(contents, name)
 
     def best_captions(self, embedding):
@@ -267,6 +283,22 @@ class Page:
         return Response(Path(self.searcher.run, name).read_bytes(), media_type="image/png")
 
 
+async def receive_picture(request):
+    """The body of a request. Raises UserError where it is too large, HTTPException where it does not come."""
+    contents = bytearray()
+    try:
+        async with asyncio.timeout(UPLOAD_SECONDS):
+            async for chunk in request.stream():
+                contents += chunk
+                if len(contents) > MAX_UPLOAD:
+                    raise UserError(f"the picture has more than {MAX_UPLOAD // 1_000_000} MB; scale it down")
+    except TimeoutError:
+        raise HTTPException(408, f"the picture did not come within {UPLOAD_SECONDS} s; try again") from None
+    except ClientDisconnect:
+        raise HTTPException(400, "the picture did not come as a whole") from None
+    return contents
+
+
 def number(value, name):
     """A number in a request; 0 where it is left out. Raises UserError for another text."""
     text = value.get(name, "0")
@@ -292,10 +324,12 @@ def draw_tile(path):
 
 def draw_large(path):
     picture = decode(read_bytes(path), Path(path).suffix)
-    scale = LARGE_PIXELS / max(picture.shape[:2])
+    num_pixels, scale = picture.shape[0] * picture.shape[1], LARGE_PIXELS / max(picture.shape[:2])
     if scale < 1:
         shape = [max(1, round(side * scale)) for side in (picture.shape[1], picture.shape[0])]
         picture = cv2.resize(picture, shape, interpolation=cv2.INTER_AREA)
+    if num_pixels > LARGE:
+        release_memory()
     return encode(picture)
 
 
@@ -316,6 +350,34 @@ def error_response(request, error):
     """Turns an error into an answer in JSON."""
     status = error.status_code if isinstance(error, HTTPException) else 400
     return JSONResponse({"error": error.detail if isinstance(error, HTTPException) else str(error)}, status)
+
+
+class KnownHostsOnly:
+    """Refuses requests under another name than this machine's: a website may have led its own one here (DNS rebinding).
+
+    An address of numbers cannot be led elsewhere, so all are accepted. hosts: names, without ports.
+    """
+
+    def __init__(self, app, hosts):
+        self.app, self.hosts = app, {host.lower() for host in hosts}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] == "http" and not self.is_known(dict(scope["headers"]).get(b"host", b"").decode("latin-1")):
+            message = "refused: this page is asked for under another name; open the address that app.py printed"
+            return await JSONResponse({"error": message}, 400)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+    def is_known(self, host):
+        name = host.strip().lower()
+        if not name.endswith("]"):  # an IPv6 address without port
+            before, colon, port = name.rpartition(":")
+            name = before if colon and port.isdecimal() else name
+        name = name.rstrip(".")
+        try:
+            ipaddress.ip_address(name.removeprefix("[").removesuffix("]"))
+        except ValueError:
+            return name in self.hosts
+        return True
 
 
 class OwnSiteOnly:
@@ -351,6 +413,6 @@ def build_app(searcher, live, hosts):
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=hosts), Middleware(OwnSiteOnly)],
+        middleware=[Middleware(KnownHostsOnly, hosts=hosts), Middleware(OwnSiteOnly)],
         exception_handlers={UserError: error_response, HTTPException: error_response},
     )

@@ -11,6 +11,7 @@ fonts.py         fonts for plots in any script
 formats.py       decode picture files of any format
 images.py        read pictures from files, and cache them decoded
 lean_imports.py  load timm and transformers without torch's compiler
+memory.py        give memory back to the operating system
 plots.py         the figures of a run and of a search
 processes.py     which of several processes this one is
 words.py         the words of a text that say what a picture shows

@@ -286,8 +286,9 @@ async function openRun() {
 
 async function watch() {
   try {
-    const { pictures, total, working, problem } = await ask("/api/status");
-    at("status").textContent = problem || `${pictures.toLocaleString()} pictures${working ? ` of ${total.toLocaleString()}` : ""}`;
+    const { pictures, total, working, problem, notes } = await ask("/api/status");
+    const count = `${pictures.toLocaleString()} pictures${working ? ` of ${total.toLocaleString()}` : ""}`;
+    at("status").textContent = [count, problem, ...notes].filter(Boolean).join(" · ");
     at("progress").hidden = !working || !total;
     at("progress").value = total ? pictures / total : 0;
     const untouched = scrollY < 100 && !at("viewer").open && isOpen("results");
