@@ -9,13 +9,13 @@ import ipaddress
 import secrets
 import threading
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
 import cv2
 import numpy as np
 from starlette.applications import Starlette
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
@@ -60,7 +60,9 @@ class Page:
     def __init__(self, searcher, live):
         self.searcher, self.live, self.uploads, self.jobs = searcher, live, OrderedDict(), {}
         self.lock, self.decoding = threading.Lock(), threading.BoundedSemaphore(MAX_DECODING)
-        self.embedding, self.receiving, self.num_waiting = threading.Lock(), asyncio.Semaphore(MAX_BODIES), 0
+        # One thread: a large picture takes gigabytes while it is decoded, and torch keeps memory for each thread.
+        self.embedder = ThreadPoolExecutor(1)
+        self.receiving, self.num_waiting = asyncio.Semaphore(MAX_BODIES), 0
         self.embed = lru_cache(NUM_QUERIES)(lambda text, minus: embed_query(searcher, [text], [minus] if minus else []))
         self.tile = lru_cache(NUM_TILES)(lambda path, key: draw_tile(path))  # a changed file gets another key
 
@@ -152,7 +154,9 @@ class Page:
         try:
             async with self.receiving:
                 contents, name = await receive_picture(request), request.query_params.get("name", "picture")
-                embedding = await run_in_threadpool(self.embed_upload, contents, Path(name).name)
+                embedding = await asyncio.get_running_loop().run_in_executor(
+                    self.embedder, self.searcher.embed_picture, contents, Path(name).name
+                )
                 contents = None
         finally:
             self.num_waiting -= 1
@@ -162,10 +166,6 @@ class Page:
         while len(self.uploads) > NUM_UPLOADS:
             self.uploads.popitem(last=False)
         return JSONResponse({"upload": key, "captions": self.best_captions(embedding)})
-
-    def embed_upload(self, contents, name):
-        with self.embedding:  # one at a time: a large picture takes gigabytes while it is decoded
-            return self.searcher.embed_picture(contents, name)
 
     def best_captions(self, embedding):
         texts, embeddings = self.live.captions
