@@ -78,7 +78,8 @@ class LiveGallery:
         while not self.stopped.wait(LOOK_EVERY / 1000):
             if self.folder and os.path.isdir(self.folder):
                 return self.follow()
-            if self.is_retry_due():
+            went = self.folder and self.gallery is not None  # since the pictures were last looked at
+            if went or self.is_retry_due():
                 self.update()
 
     def is_retry_due(self):

@@ -197,6 +197,22 @@ def test_it_is_driven_by_keys(page):
     assert page.evaluate("document.activeElement.id") == "q"
 
 
+def test_what_is_less_likely_and_what_is_probably_not_there_is_said(page, site):
+    found = ask(site, "/api/search", q="a star")[1]
+    assert not found["nothing"] and all(match["likely"] for match in found["matches"])  # this run has no match probabilities
+    found["matches"] = [match | {"likely": i < 2} for i, match in enumerate(found["matches"])]
+    page.route("**/api/search?*", lambda route: route.fulfill(json=found | {"more": False}))
+    find(page, "a star")
+    page.get_by_text("less likely").wait_for()
+    names = page.locator("#grid > *").evaluate_all("tiles => tiles.map((tile) => tile.className)")
+    assert names == ["tile", "tile", "divider", *["tile"] * (len(found["matches"]) - 2)]
+    look(page, "less-likely")
+    found |= {"nothing": True, "matches": [match | {"likely": False} for match in found["matches"]]}
+    find(page, "an elephant")
+    page.get_by_text("Probably nothing here; the best of").wait_for()
+    assert page.locator(".divider").count() == 0
+
+
 def test_a_picture_from_outside_has_captions_classes_and_look_alikes(page, pictures):
     page.locator("#file").set_input_files(pictures / "drawn" / "00007.png")
     page.locator("#given-captions li").nth(queries.NUM_CAPTIONS - 1).wait_for()

@@ -160,9 +160,8 @@ def test_a_step_on_cached_activations_and_what_keeps_them(config, made, dtype, s
     with FakeTensorMode() as mode:
         model = to_fake(made, mode).train()
         with pytest.raises(AttributeError):  # None has no unflatten: the tensor went to `kept`
-            feature_cache.cache_image_features(
-                Config(cache_dir=str(tmp_path)), model.image_encoder, split, sample, 2, CUDA, dtype
-            )
+            config = Config(cache_dir=str(tmp_path), cached_crops=2)
+            feature_cache.cache_image_features(config, model.image_encoder, split, sample, True, CUDA, dtype)
         [activations] = kept
         assert activations.shape[0] == 6 and activations.dtype == dtype and activations.device.type == "cpu"
         batch = batch_of(model, 6) | {"image_activations": activations}

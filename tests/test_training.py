@@ -646,7 +646,7 @@ def test_the_first_command_of_the_readme(tmp_path):
     process = run_script("main.py", "--epochs", "2", cwd=tmp_path)
     assert process.returncode == 0, process.stderr
     assert "shapes" in process.stdout.splitlines()[0]
-    learned = {"relevance.json", "relevance.png", "references.npy"}  # from 200 validation images on
+    learned = {"relevance.json", "relevance.png", "references.npy", "reference-words.npy"}  # from 200 validation images on
     assert {path.name for path in (tmp_path / "runs" / "shapes").iterdir()} - {HUBNESS_FILE} == RUN_FILES | learned
     drawn = [Image.open(path).size for path in (tmp_path / "runs" / "shapes").glob("*.png")]
     assert len(drawn) == 4 and min(map(min, drawn)) > 300

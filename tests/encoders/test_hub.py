@@ -92,12 +92,12 @@ def scored(run, tmp_path):
     shutil.copytree(run, tmp_path / "scored")
     banks = [F.normalize(torch.randn(8, 256, generator=torch.Generator().manual_seed(seed)), dim=1) for seed in (0, 1)]
     Hubness(*banks, 10.0).save(tmp_path / "scored")
-    for name in ("relevance.json", "references.npy"):
+    for name in hub.RELEVANCE:
         (tmp_path / "scored" / name).write_text(f"learned with these weights: {name}")
     return tmp_path / "scored"
 
 
-OF_COPIES = {"hubness.safetensors", "relevance.json", "references.npy", "README.md"}
+OF_COPIES = {"hubness.safetensors", *hub.RELEVANCE, "README.md"}
 
 
 def test_a_copy_has_what_is_of_its_weights(scored, tmp_path):
@@ -112,7 +112,7 @@ def test_a_copy_of_other_weights_has_no_floor_and_no_figures(scored, tmp_path):
     with torch.no_grad():
         model.logit_scale.mul_(0.5)
     model.save_pretrained(tmp_path / "copy")  # over the first one
-    assert not (tmp_path / "copy" / "relevance.json").exists() and not (tmp_path / "copy" / "references.npy").exists()
+    assert not any((tmp_path / "copy" / name).exists() for name in hub.RELEVANCE)
     assert (tmp_path / "copy" / "README.md").read_text() != (scored / "README.md").read_text()
     assert torch.equal(clip.load(tmp_path / "copy", "cpu")[0].logit_scale, model.logit_scale)
 
@@ -135,7 +135,7 @@ def test_what_is_pushed_is_complete_and_replaces_what_is_of_other_weights(scored
     model.push_to_hub("somebody/shapes", branch="v2", delete_patterns="*.bin")
     assert OF_COPIES | {"config.json", "model.safetensors", "tokenizer.json"} <= uploaded["files"]
     assert uploaded["repo_id"] == "somebody/shapes" and uploaded["revision"] == "v2"
-    assert {"relevance.json", "references.npy", "hubness.safetensors", "*.bin"} <= uploaded["deleted"]
+    assert {*hub.RELEVANCE, "hubness.safetensors", "*.bin"} <= uploaded["deleted"]
 
 
 @pytest.fixture

@@ -109,6 +109,19 @@ def test_a_folder_that_goes_and_comes_is_followed_again(follower, folder, tmp_pa
     wait_until(lambda: num_pictures(follower) == 4 and not follower.problem)
 
 
+def test_a_folder_that_goes_before_it_is_watched_is_noticed(follower, folder, tmp_path, monkeypatch):
+    update = follower.update
+
+    def update_and_lose():
+        update()
+        if folder.exists():
+            folder.rename(tmp_path / "elsewhere")
+
+    monkeypatch.setattr(follower, "update", update_and_lose)
+    follower.thread.start()
+    wait_until(lambda: "no such folder" in follower.problem and num_pictures(follower) == 0)
+
+
 def test_deleted_pictures_are_neither_counted_nor_kept(follower, folder):
     follower.thread.start()
     wait_until(lambda: num_pictures(follower) == 4)
