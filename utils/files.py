@@ -21,7 +21,7 @@ REPLACE_TIMEOUT = 5  # seconds; on Windows a virus scanner or a spreadsheet may 
 LEFTOVER_AGE = 24 * 3600  # seconds after which an unfinished file of another machine counts as abandoned
 CACHED = re.compile(r"[a-z-]+-[0-9a-f]{20}([.-].*)?")  # names in a cache folder: what it is, and a `utils.cache.cache_key`
 IN_A_RUN = re.compile(  # names of what is written into a run folder by way of `temporary_path`
-    r"(model|hubness|generator)\.safetensors|(last|previous)\.pt|(config|gan|relevance|tokenizer)\.json|references\.npy|"
+    r"(model|hubness|generator)\.safetensors|(last|previous)\.pt|(config|gan|relevance|tokenizer)\.json|reference(s|-words)\.npy|"
     r"(history|splits|tradeoff)\.csv|\w+\.png|README\.md|pictures(-before)?"
 )
 HOST = re.sub(r"[^\w-]", "_", platform.node())
