@@ -69,10 +69,11 @@ def forked():
     return start
 
 
-@pytest.fixture
-def undrawn(monkeypatch):
-    """Figures are built, but not drawn, which takes half of a small training's time; for tests that look at none."""
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
+@pytest.fixture(autouse=True)
+def undrawn(request, monkeypatch):
+    """Figures are built, but not drawn, which takes half of a small training's time; but in tests that look at them."""
+    if not request.node.get_closest_marker("drawn"):
+        monkeypatch.setattr("matplotlib.figure.Figure.savefig", save_blank)
 
 
 @pytest.fixture

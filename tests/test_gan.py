@@ -26,8 +26,6 @@ from utils.device import autocast
 from utils.errors import UserError
 from utils.images import read_image
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="module")
 def gan(run, tmp_path_factory):

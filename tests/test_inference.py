@@ -30,6 +30,7 @@ def test_retrieval_scores_what_training_scored(run, tmp_path):
     assert set(scores["text_to_image"]) == {"R@1", "R@5", "R@10", "median_rank"} == set(scores["image_to_text"])
 
 
+@pytest.mark.drawn
 def test_match_writes_scores_and_a_picture(run, tmp_path, evaluate_here):
     flags = ["match", "--run", run, "--output", tmp_path / "match.png", "--json", tmp_path / "scores.json"]
     evaluate_here(*flags, "--choices", "3")
@@ -149,6 +150,7 @@ def test_several_texts_are_added_and_taken_away(run):
         queries.embed_query(model, ["a star"], ["a ring"], [1])
 
 
+@pytest.mark.drawn
 def test_a_picture_finds_itself_its_captions_and_its_class(run, sample, tmp_path, capsys):
     picture = sorted((sample / "Images").iterdir())[0]
     flags = ["--image", picture, "--run", run, "--cache-dir", tmp_path, "--json", tmp_path / "found.json"]
@@ -220,6 +222,7 @@ def test_an_explanation_points_at_what_the_score_hangs_on():
     assert heat[44:52, 44:52].min() > 0.5 and heat[:24, :24].max() == 0
 
 
+@pytest.mark.drawn
 def test_explained_matches_are_drawn(run, tmp_path):
     search("a red circle", "--explain", "--run", run, "--n", "2", "--cache-dir", tmp_path, "--output", tmp_path / "grid.png")
     assert Image.open(tmp_path / "grid.png").width > 300

@@ -40,6 +40,7 @@ def lesson(sample, tmp_path, monkeypatch):
     return trained
 
 
+@pytest.mark.drawn
 def test_a_lesson_trains_each_variant_with_each_seed_once_and_reports(lesson, tmp_path, capsys):
     output = tmp_path / "out"
     lessons.learn(Learn("tiny", seeds=(0, 1), output=str(output), device="cpu"))

@@ -27,8 +27,6 @@ from utils import cache
 from utils.cache import model_key
 from utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 RUN_FILES = {
     "config.json", "model.safetensors", "tokenizer.json", "history.csv", "last.pt", "curves.png",
     "similarity.png", "matches.png", "README.md", "splits.csv", "cache.txt",

@@ -29,8 +29,6 @@ from utils.cache import model_key
 from utils.errors import UserError
 from utils.images import center_crop, read_image, resize_image
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 TEXTS = [
     "a photo of a cat.",
     "It's 2024!! Wow -- a naïve café ☕",

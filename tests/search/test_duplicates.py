@@ -265,6 +265,7 @@ def test_a_box_is_where_the_crop_was():
     assert low == pytest.approx(duplicates.box_warp((0.1, 0, 0.6, 1), 50))
 
 
+@pytest.mark.drawn
 def test_groups_become_records_and_a_drawing(folder):
     write(folder / "copy.jpg", textured(0))
     for number in range(5):

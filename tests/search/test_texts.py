@@ -42,6 +42,7 @@ def search_named(run, named, tmp_path, search_here):
     return search
 
 
+@pytest.mark.drawn
 def test_a_dollar_in_a_query_and_in_names_is_drawn_as_it_stands(search_named, named, tmp_path, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

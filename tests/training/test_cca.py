@@ -17,8 +17,6 @@ from modules import ProjectionHead
 from training.cca import canonical_maps, start_from_cca
 from utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 CPU = torch.device("cpu")
 
 

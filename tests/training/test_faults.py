@@ -27,8 +27,6 @@ from training.checkpoint import load_latest, lock_run_dir, write_checkpoint
 from utils import images
 from utils.errors import UserError, run_command, to_user_error
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 EPOCHS = 3  # of 3 steps each
 STEPS = []  # taken in a process that `act_at_step` prepared
 
@@ -113,12 +111,12 @@ def one_line(messages):
 
 
 def test_kill_9_at_random_moments_loses_nothing(start, whole, tmp_path, times):
-    """Twenty kills; whenever a run got through, its outcome is the uninterrupted one's, and another begins."""
+    """Eight kills; whenever a run got through, its outcome is the uninterrupted one's, and another begins."""
     rng, started = np.random.default_rng(), time.monotonic()
     start("timed")[0].join()
     seconds = time.monotonic() - started
     kills, run = 0, 0
-    while kills < times(20, 200):
+    while kills < times(8, 200):
         process, errors = start(f"killed-{run}", "--resume", "auto", "--save-every", "1")
         process.join(rng.uniform(0, seconds))
         process.kill()

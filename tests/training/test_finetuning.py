@@ -21,8 +21,6 @@ from training.optimization import is_stale, layers_above, parameter_groups
 from training.trackers import Trackers, load_package
 from utils.errors import UserError
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="session")
 def classes(tmp_path_factory):

@@ -17,8 +17,6 @@ from evaluation import retrieval
 from training import report
 from training.keeping import Start
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 VIT = {"image_encoder": "vit", "size": 32, "image_width": 24, "image_layers": 2}
 KINDS = {
     "all weights": {},

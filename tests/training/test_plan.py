@@ -18,8 +18,6 @@ from training.state import create_state
 from utils.errors import UserError
 from utils.images import decoded_bytes
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 def plan(capsys, config):
     print_plan(config, None)

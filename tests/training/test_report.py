@@ -18,8 +18,6 @@ from evaluation.retrieval import recall
 from training import report
 from training.data import Split, some_pairs
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 def split(image_key, text_key):
     """Four images, of which the last is generated, with two, one, two and one captions, and three crops each where cached."""

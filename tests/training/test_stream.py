@@ -33,8 +33,6 @@ from training.stream import StreamLoader, open_stream
 from utils.errors import UserError
 from utils.files import expand
 
-pytestmark = pytest.mark.usefixtures("undrawn")
-
 
 @pytest.fixture(scope="module")
 def written(sample, tmp_path_factory):

@@ -86,7 +86,7 @@ def test_a_text_encoder_is_tried_saved_and_loaded(text_model, small_flags, tmp_p
     comes_back(small_flags(**text_model(model_type, ARCHITECTURES[model_type]), max_length=60), tmp_path / "run")
 
 
-def test_an_encoder_decoder_trains_and_is_evaluated(text_model, small_flags, sample, tmp_path, undrawn, evaluate_here):
+def test_an_encoder_decoder_trains_and_is_evaluated(text_model, small_flags, sample, tmp_path, evaluate_here):
     main.train(parse_config(small_flags(**text_model("bart", ARCHITECTURES["bart"]), epochs=1), "shapes")[0])
     flags = ["--run", tmp_path / "run", "--data-dir", sample, "--json", tmp_path / "json"]
     evaluate_here("retrieval", *flags, "--split", "val")
