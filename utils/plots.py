@@ -138,7 +138,7 @@ def draw_relevance(relevance, bins, wrong_share, path):
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     left.plot(100 * np.array(relevance.shares), 100 * np.array(relevance.right_above_floor), color=DARK)
-    left.axvline(100 * wrong_share, color=GREEN, linestyle=":", label="default")
+    left.axvline(100 * wrong_share, color=GREEN, linestyle=":", label=f"--floor {wrong_share}")
     left.set(xscale="log", xlabel="wrong pictures above the floor (%)", ylabel="right pictures above it (%)", ylim=(0, 101))
     left.legend(frameon=False)
     right.plot([0, 1], [0, 1], "--", color=GREY, label="perfect")
