@@ -62,7 +62,8 @@ def serve(options):
     elsewhere = f"  (from other machines: {urls[1]})" if urls[1:] else ""
     print(f"{urls[0]}{elsewhere}  searches {what}; Ctrl-C ends it", flush=True)
     live.thread.start()
-    app = build_app(searcher, live, [*LOCAL, *own_names(), host])
+    own = [] if host in LOCAL else own_names()  # which may wait for a name server
+    app = build_app(searcher, live, [*LOCAL, *own, host])
     try:
         uvicorn.Server(uvicorn.Config(app, http=BoundedProtocol, log_level="warning")).run(sockets=[listening])
     finally:

@@ -156,9 +156,9 @@ def answer_text(searcher, options):
     title = str(query) + f" like {Path(options.similar_to).name}" * bool(options.similar_to)
     found = best_matches(gallery, embedding, gallery.paths, options.n, options.more * options.n)
     text = "" if options.similar_to else query.text
-    if options.floor and not text:
-        print("--floor: was learned from single texts; for a sum, a difference or a picture none is left out")
     matches = judge(found, searcher, text, embedding, options.floor)
+    if options.floor and matches and matches[0].probability is None:
+        print("--floor: was learned from single texts with words, if at all; here none is left out")
     answer = show_matches(title, matches, options.more)
     shown = [match for match in matches if match.relevant] or ([] if options.more else matches[:1])
     if not shown:

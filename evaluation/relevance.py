@@ -196,7 +196,7 @@ def relevance_line(unseen):
     return (
         f"match probabilities: on {unseen['images']:,} images that they were not learned from, off by "
         f"{unseen['calibration_error']:.1f} points; 'probably nothing here' for {unseen['nothing_rightly']:.0f}% of the texts "
-        f"that no image matches, and for {unseen['nothing_wrongly']:.1f}% of those that 1 in 100 does"
+        f"that no image matches, and for {unseen['nothing_wrongly']:.1f}% of those that 1 in 100 images or more match"
     )
 
 

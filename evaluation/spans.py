@@ -19,7 +19,7 @@ def choose_spans(captions, count, rng):
     texts = []
     for row in rng.integers(len(captions), size=count):
         words, length = captions[row].split(), LENGTHS[rng.integers(len(LENGTHS))]
-        if length and length < len(words):
+        if length and length <= len(words):
             start = rng.integers(len(words) - length + 1)
             text = " ".join(words[start : start + length]).strip(".,;:!?\"' ").lower()
         else:
@@ -41,7 +41,7 @@ def label_pairs(texts, captions, image_of_text, num_images):
     asked.resize(shape)  # captions had words that no text has
     enough = np.ceil(2 / 3 * asked.sum(axis=1).A1 - 1e-6)[:, None]
     in_caption = (asked @ said.T).toarray()  # (m, captions)
-    in_best_caption = np.zeros((num_images, len(texts)), dtype=np.int8)
+    in_best_caption = np.zeros((num_images, len(texts)), dtype=np.int16)
     np.maximum.at(in_best_caption, image_of_text, in_caption.T)
     said_of_image = word_matrix(captions, vocabulary, image_of_text, num_images)
     in_image = (asked @ said_of_image.T).toarray()  # (m, n)
@@ -49,7 +49,7 @@ def label_pairs(texts, captions, image_of_text, num_images):
 
 
 def word_matrix(texts, vocabulary, rows=None, num_rows=None):
-    """A sparse matrix, (texts, words), of int8: 1 where a text has a content word.
+    """A sparse matrix, (texts, words), of int16: 1 where a text has a content word.
 
     vocabulary: {word: column}, to which new words are added. rows: of each text, where several share one; then 1 at most.
     """
@@ -61,4 +61,4 @@ def word_matrix(texts, vocabulary, rows=None, num_rows=None):
     }
     at = np.array(sorted(cells), dtype=int).reshape(-1, 2)
     shape = (num_rows if num_rows is not None else len(texts)), len(vocabulary)
-    return csr_matrix((np.ones(len(at), dtype=np.int8), (at[:, 0], at[:, 1])), shape=shape)
+    return csr_matrix((np.ones(len(at), dtype=np.int16), (at[:, 0], at[:, 1])), shape=shape)

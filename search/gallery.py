@@ -178,7 +178,7 @@ def print_left_out(paths, verbose):
 def update_store(store, searcher, files, folder, num_workers, on_progress=None):
     """Makes a `Store` have what a gallery's files are now. Returns how many there are. Arguments: as for `open_gallery`.
 
-    Where there are none, those of the folder are forgotten, before `search.files.NoPictures` goes on.
+    Where there are none, `search.files.NoPictures` goes on, and nothing is forgotten: it may be a drive that is not mounted.
     on_progress: called with the number of files once they are listed, and whenever some were embedded.
     """
     with processes.main_process_first():
@@ -188,8 +188,6 @@ def update_store(store, searcher, files, folder, num_workers, on_progress=None):
             count = store.list_files(files)
         except NoPictures:
             store.list_files([])
-            if processes.is_main_process() and folder:
-                store.forget(folder)
             raise
     if on_progress:
         on_progress(count)

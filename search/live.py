@@ -66,13 +66,14 @@ class LiveGallery:
             def is_picture(_, path):  # or a folder, of which there may be nothing left but its name
                 return may_be_picture(os.path.basename(path)) or os.path.isdir(path)
 
+            watched = identity(self.folder)
             options = {"stop_event": self.stopped, "step": QUIET, "yield_on_timeout": True, "rust_timeout": LOOK_EVERY}
             first = True
             for changes in watchfiles.watch(self.folder, watch_filter=is_picture, **options):
                 if changes or first or self.is_retry_due():  # first: what changed before the folder was watched
                     self.update()
                 first = False
-                if not os.path.isdir(self.folder):  # it is watched again when it is there again
+                if identity(self.folder) != watched:  # gone, or another one in its place, which is then watched
                     self.update()
                     break
         while not self.stopped.wait(LOOK_EVERY / 1000):
@@ -151,6 +152,15 @@ class LiveGallery:
 
     def stop(self):
         self.stopped.set()
+
+
+def identity(folder):
+    """What tells a folder from another one of its name; None where there is none."""
+    try:
+        stat = os.stat(folder)
+    except OSError:
+        return None
+    return stat.st_dev, stat.st_ino
 
 
 def reason(error):

@@ -15,6 +15,7 @@ from search.relevance import LIKELY, NOTHING, NUM_JUDGED
 from utils.errors import UserError
 from utils.files import read_text
 from utils.folders import is_unicode, printable
+from utils.words import content_words
 
 MAX_QUERY_LENGTH = 1000  # characters; text encoders truncate far earlier
 NUM_CAPTIONS = 5  # best captions to show for a picture
@@ -97,7 +98,7 @@ class Query:
     @property
     def text(self):
         """Its text, if it is one alone: match probabilities were learned from single texts; else empty."""
-        return self.texts[0] if len(self.texts) == 1 and not self.minus else ""
+        return self.texts[0] if len(self.texts) == 1 and not self.minus and min(self.weights, default=1) > 0 else ""
 
     def embed(self, model):
         """Its query, (d_e + 1,)."""
@@ -167,10 +168,10 @@ class Match:
 def judge(matches, searcher=None, text="", embedding=None, wrong_share=0.0):
     """[(filename, score)] of a text's query, (d_e + 1,) -> a list of `Match`.
 
-    searcher: a `search.searcher.Searcher`. Without a text, or where its run has no `Relevance`, nothing is said of how probably
-    a picture matches. wrong_share: that may get over the floor; 0: none is left out.
+    searcher: a `search.searcher.Searcher`. Without a text that has content words, or where its run has no `Relevance`, nothing
+    is said of how probably a picture matches. wrong_share: that may get over the floor; 0: none is left out.
     """
-    relevance = searcher.relevance if text else None
+    relevance = searcher.relevance if content_words(text) else None
     if relevance is None:
         return [Match(name, score) for name, score in matches]
     corrected = relevance.corrected_scores([score for _, score in matches], text, embedding, searcher.embed_texts)
@@ -182,7 +183,7 @@ def judge(matches, searcher=None, text="", embedding=None, wrong_share=0.0):
 
 
 def probably_nothing(matches):
-    """Whether probably none of a list of `Match`, best first, shows what was looked for: by the nine best."""
+    """Whether probably none of a list of `Match`, best first, shows what was looked for: by the nine best, or all of fewer."""
     judged = [match.probability for match in matches[:NUM_JUDGED]]
     return bool(judged) and None not in judged and np.mean(judged) < NOTHING
 

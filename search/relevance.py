@@ -27,12 +27,15 @@ NEAR = (
 RARE = 1e-4  # share that is added before logarithms: half a caption of 5,000
 LIKELY = 0.5  # match probability from which a picture is called likely
 NUM_JUDGED = 9  # best pictures that say whether anything here matches
-NOTHING = 0.04  # mean match probability of these; below, probably none does. Chosen on Flickr8k, see docs/search.md
+NOTHING = 0.04  # mean match probability of these; below, probably none does. Chosen on Flickr8k
 
 
 @dataclass
 class References:
-    """What a text is compared with, so that scores of different texts compare. None of it may be of a searched picture."""
+    """What a text is compared with, so that scores of different texts compare.
+
+    To learn or to measure, it must not be of the pictures that are searched.
+    """
 
     pictures: np.ndarray  # (K, d_e + 1) vectors
     word_embeddings: np.ndarray  # (L, d_e), L2-normalised
@@ -54,7 +57,7 @@ class References:
         return np.stack([scores.mean(axis=1), median - low, familiarity, lengths], axis=1)
 
     def log_shares(self, words, embed):
-        """{word: log share of the captions that say it}; of one that none says, that of a word that means nearly the same."""
+        """{word: log share of the captions that say it}; an unknown word has that of one that means nearly the same."""
         names = list(self.shares)
         unknown = sorted(words - set(names))
         shares = {word: self.shares[word] for word in words if word in self.shares}
@@ -125,6 +128,8 @@ def load_relevance(folder):
         pictures, word_embeddings = (np.load(Path(folder) / name).astype(np.float32) for name in (PICTURES_FILE, WORDS_FILE))
         learned = json.loads(path.read_text(encoding="utf-8"))
         references = References(pictures, word_embeddings, learned.pop("words"))
+        if len(word_embeddings) != len(references.shares):
+            raise ValueError("its files do not belong together")
         return Relevance(references, **learned) if len(pictures) >= MIN_IMAGES else None
     except (OSError, ValueError, KeyError, AttributeError, TypeError, EOFError) as error:
         message = f"{path}: damaged or of another version ({error}); write it again with python evaluate.py calibrate"

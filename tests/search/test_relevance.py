@@ -121,6 +121,7 @@ def test_floors_and_probabilities_are_read_off_their_curves(tmp_path):
     assert [(match.filename, match.relevant) for match in matches] == [("a", True), ("b", True), ("c", False)]
     assert [match.probability for match in matches] == pytest.approx([0.5, 0.3, 0.1])
     assert [match.is_likely for match in matches] == [True, False, False] and not probably_nothing(matches)
+    assert judge(found, searcher, "the two", np.zeros(3, np.float32))[0].probability is None  # says nothing of what is seen
     assert judge(found, searcher)[0].probability is None and not probably_nothing(judge(found, searcher))
     known.save(tmp_path)
     read = load_relevance(tmp_path)
