@@ -9,7 +9,6 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import huggingface_hub
 import safetensors.torch
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from config import (
 )
 from encoders import simple_tokenizer  # noqa: F401
 from encoders.build import IMAGE_ADVICE, TEXT_ADVICE, load_pretrained, random_text_model, refused_in_a_line
-from encoders.hub import COPIED, OF_WEIGHTS, WRITTEN, copy_run_files, fetch_run, require_copy_folder
+from encoders.hub import COPIED, OF_WEIGHTS, WRITTEN, HubModel, copy_run_files, fetch_run, require_copy_folder, weights_as_bytes
 from encoders.hubness import load_hubness
 from encoders.openai import (  # noqa: F401  as clip.model.build_model
     OpenAINames,
@@ -57,7 +56,7 @@ class UnknownModel(UserError, RuntimeError):
     """No run folder or model has this name; also a RuntimeError, as OpenAI's `clip.load` raises."""
 
 
-class CLIPModel(nn.Module, OpenAINames, huggingface_hub.ModelHubMixin):
+class CLIPModel(nn.Module, OpenAINames, HubModel):
     """Image encoder, text encoder and their projection heads.
 
     image_encoder: maps (n, 3, h, w) pixels to (n, d_i) features and has the attribute width, d_i; text_encoder maps
@@ -104,11 +103,6 @@ class CLIPModel(nn.Module, OpenAINames, huggingface_hub.ModelHubMixin):
         save_weights(self, save_directory)
         if options.pop("push_to_hub", False):
             return self.push_to_hub(**{"repo_id": Path(save_directory).name} | options)
-
-    def push_to_hub(self, repo_id, *, delete_patterns=(), **options):
-        """huggingface_hub's call: uploads a copy of the run, and removes there what belongs to weights pushed before."""
-        patterns = [delete_patterns] if isinstance(delete_patterns, str) else delete_patterns or ()
-        return super().push_to_hub(repo_id, delete_patterns=[*OF_WEIGHTS, *patterns], **options)
 
     def _save_pretrained(self, save_directory):
         """Called by huggingface_hub's save_pretrained and push_to_hub. Local paths are not written."""
@@ -327,16 +321,6 @@ def describe_encoders(model):
         return {"open_clip": model.open_clip} | bias
     text = model.text_encoder.architecture["config"]
     return {"image": {"size": model.image_encoder.size}, "text": text, "pooling": model.text_encoder.pooling} | bias
-
-
-def weights_as_bytes(model):
-    """What a file of the model's weights holds. Tensors that share memory are written each for itself."""
-    state, places = {}, set()
-    for name, tensor in model.state_dict().items():
-        place = tensor.untyped_storage().data_ptr()
-        state[name] = tensor.clone() if place in places else tensor.contiguous()
-        places.add(place)
-    return safetensors.torch.save(state)  # not save_file, which reports a full disk differently
 
 
 def save_weights(model, run_dir):

@@ -8,12 +8,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import clip
-from config import load_run, run_names
+from config import run_names
 from dataset import pad
 from encoders.ensemble import EnsembleEncoder, EnsembleHead, require_same_inputs
 from encoders.hubness import EnsembleHubness
+from encoders.precision import own_dtype
 from encoders.stages import run_from_stage
-from utils.device import autocast, can_multiply, pick_device, pick_dtype, speed_up_cpu
+from utils.device import autocast, pick_device, pick_dtype, speed_up_cpu
 from utils.errors import UserError
 from utils.images import as_batch, read_images, view_crops
 
@@ -35,23 +36,6 @@ def open_model(run, device, precision, views=1):
         model = ensemble(models).eval().to(device)
     model.views = views
     return model, device, own_dtype(names, models, device) if precision == "auto" else pick_dtype(precision, device)
-
-
-def own_dtype(names, models, device):
-    """The dtype of matrix products in which models of these names were trained and scored, where the device has it.
-
-    Where they differ, or are no runs, it is what `pick_dtype` takes for auto.
-    """
-    found = {load_run(model.run_dir)["config"].precision if model.run_dir else "auto" for model in models}
-    precision = found.pop() if len(found) == 1 else "auto"
-    dtype = pick_dtype(precision, device)
-    if can_multiply(device, dtype):
-        return dtype
-    dtype = pick_dtype("auto", device)
-    print(
-        f"{','.join(names)}: trained in {precision}, which {device} cannot compute; in {str(dtype)[6:]} figures differ a little"
-    )
-    return dtype
 
 
 def ensemble(models):

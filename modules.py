@@ -4,18 +4,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from encoders.build import (
-    SIZED_KINDS,
-    ends_in_attention_pool,
-    input_config,
-    max_tokens,
-    plain_config,
-    sized_image_encoder,
-    text_encoder_of,
-    timm_encoder,
-)
+from encoders.build import SIZED_KINDS, ends_in_attention_pool, input_config, plain_config, sized_image_encoder, timm_encoder
 from encoders.convolution import speed_up
 from encoders.stages import multi_stage_features, multi_stage_width
+from encoders.text import max_tokens, text_encoder_of
 from utils.errors import UserError
 from utils.images import AREA
 

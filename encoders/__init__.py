@@ -8,8 +8,10 @@ hub.py          download from a model hub, with a short timeout, and save copies
 hubness.py      correct scores for pictures that are near to most texts
 openai.py       what programs use of OpenAI's clip beside the model
 openclip.py     open_clip's pretrained models
+precision.py    the precision that models were trained in
 simple_tokenizer.py  OpenAI's tokenizer, as a class
 stages.py       cut an image encoder at a stage, and take features from several stages
+text.py         what differs between Hugging Face's text models
 text_mixer.py   an MLP-Mixer as a text encoder
 tokenizer.py    captions to token ids
 """

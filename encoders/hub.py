@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
+import safetensors.torch
 
 from config import HUBNESS_FILE, load_run
 from loading.trained import SPLITS
@@ -18,6 +19,25 @@ OF_WEIGHTS = HUBNESS_FILE, *RELEVANCE, "relevance.png", "README.md", "matches.pn
 OF_WEIGHTS += ("tradeoff.csv", "tradeoff.png")
 COPIED = "tokenizer.json", SPLITS, "README.md", "history.csv", "curves.png", *RELEVANCE  # of the run
 HUB_TIMEOUT = 5  # seconds to wait for a model hub's first answer
+
+
+class HubModel(huggingface_hub.ModelHubMixin):
+    """A model with huggingface_hub's calls, whose copy on a hub never mixes two sets of weights."""
+
+    def push_to_hub(self, repo_id, *, delete_patterns=(), **options):
+        """huggingface_hub's call: uploads a copy of the run, and removes there what belongs to weights pushed before."""
+        patterns = [delete_patterns] if isinstance(delete_patterns, str) else delete_patterns or ()
+        return super().push_to_hub(repo_id, delete_patterns=[*OF_WEIGHTS, *patterns], **options)
+
+
+def weights_as_bytes(model):
+    """What a file of the model's weights holds. Tensors that share memory are written each for itself."""
+    state, places = {}, set()
+    for name, tensor in model.state_dict().items():
+        place = tensor.untyped_storage().data_ptr()
+        state[name] = tensor.clone() if place in places else tensor.contiguous()
+        places.add(place)
+    return safetensors.torch.save(state)  # not save_file, which reports a full disk differently
 
 
 def from_hub(load):

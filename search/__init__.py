@@ -18,6 +18,7 @@ relevance.py     how probably a picture matches a text
 run_data.py      the pictures and captions that a run was trained with
 searcher.py      a run, to search with: loads no more of it than a search needs
 server.py        the page's server
+show.py          what a search says and draws
 store.py         what is kept of a gallery on disk
 text_session.py  a run's text encoder without torch
 update.py        embed what is new in a gallery, and recognise what was moved

@@ -14,8 +14,10 @@ import torch.nn.functional as F
 import transformers
 from transformers.initialization import no_init_weights
 
-from clip import contrastive_loss, create_model, describe_encoders, weights_as_bytes
-from encoders.build import IMAGE_ADVICE, TEXT_ADVICE, refused_in_a_line, text_encoder_of
+from clip import contrastive_loss, create_model, describe_encoders
+from encoders.build import IMAGE_ADVICE, TEXT_ADVICE, refused_in_a_line
+from encoders.hub import weights_as_bytes
+from encoders.text import text_encoder_of
 from utils.errors import UserError
 
 PAIRS = 2  # pictures and captions of the step

@@ -154,7 +154,7 @@ def pushed(scored, tmp_path, monkeypatch, online):
                 shutil.copy(path, folder)
             model, _ = clip.load(scored, "cpu")
             model.logit_scale.data.fill_(versions[revision])
-            (folder / "model.safetensors").write_bytes(clip.weights_as_bytes(model))
+            (folder / "model.safetensors").write_bytes(hub.weights_as_bytes(model))
         if not folder.exists():
             raise OSError("not on this machine")
         return str(folder)

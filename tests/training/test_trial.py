@@ -14,7 +14,8 @@ import clip
 import main
 from captions import load_captions
 from config import parse_config, save_run
-from encoders.build import load_pretrained, max_tokens
+from encoders.build import load_pretrained
+from encoders.text import max_tokens
 from training import trial
 from utils.errors import UserError
 
