@@ -19,6 +19,7 @@ import multiprocessing
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -43,6 +44,14 @@ def run_script(*arguments, cwd=ROOT):
     """Runs a command of the project and returns the finished process."""
     command = [sys.executable, str(ROOT / arguments[0]), *map(str, arguments[1:])]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+def wait_until(condition, seconds=60):
+    """Waits for a condition(). Fails where it is not true within this time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
 
 
 def pytest_addoption(parser):

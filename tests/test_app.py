@@ -5,7 +5,6 @@ import resource
 import shutil
 import socket
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -15,7 +14,7 @@ from functools import partial
 
 import pytest
 import uvicorn
-from conftest import ROOT
+from conftest import ROOT, wait_until
 from PIL import Image
 
 import app
@@ -46,13 +45,6 @@ def served(run, folder, cache):
     running.should_exit = True
     thread.join(10)
     live.thread.join(10)
-
-
-def wait_until(condition, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.05)
 
 
 @pytest.fixture(scope="module")

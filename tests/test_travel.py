@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import pandas as pd
 import pytest
@@ -76,7 +77,7 @@ def test_what_means_a_folder_here_is_never_asked_of_a_hub(name, monkeypatch):
     def snapshot_download(*_, **__):
         raise AssertionError("a stranger's model would load")
 
-    monkeypatch.setattr(clip.huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(UserError, match="neither a run folder nor the name of a model"):
         clip.load(name)
 
@@ -95,7 +96,7 @@ def test_a_pushed_model_is_fetched_by_its_name(run, tmp_path, monkeypatch):
             shutil.copy(path, tmp_path)
         return str(tmp_path)
 
-    monkeypatch.setattr(clip.huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model, _ = clip.load("somebody/shapes", "cpu")
     assert asked == ["somebody/shapes"]
     own, _ = clip.load(run, "cpu")

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, wait_until
 
 from search import connections, gallery, live, run_data, server
 from search.files import find_pictures
@@ -45,13 +45,6 @@ def follower(run, folder, tmp_path, monkeypatch):
         following.thread.join(20)
     if following.captions_thread.ident:
         following.captions_thread.join(20)
-
-
-def wait_until(condition, seconds=40):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.02)
 
 
 def num_pictures(following):

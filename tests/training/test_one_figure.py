@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import embedding
 import main
 from config import Config, parse_config
 from embedding import open_model
+from encoders import precision
 from evaluation import retrieval
 from training import report
 from training.keeping import Start
@@ -92,8 +92,8 @@ def test_adapters_are_scored_as_they_are_saved(small_flags, tmp_path, scored, ev
 def test_a_runs_own_precision_is_taken_where_the_device_has_it(run, monkeypatch, capsys):
     assert open_model(run, "cpu", "auto")[2] == torch.float32  # the fixture's, whatever this processor prefers
     assert open_model(run, "cpu", "bf16")[2] == torch.bfloat16  # what is asked for
-    monkeypatch.setattr(embedding, "load_run", lambda run_dir: {"config": Config(precision="fp16")})
-    monkeypatch.setattr(embedding, "can_multiply", lambda device, dtype: dtype != torch.float16)
+    monkeypatch.setattr(precision, "load_run", lambda run_dir: {"config": Config(precision="fp16")})
+    monkeypatch.setattr(precision, "can_multiply", lambda device, dtype: dtype != torch.float16)
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict, raising=False)  # a processor without bf16
     assert open_model(run, "cpu", "auto")[2] == torch.float32
     assert f"{run}: trained in fp16, which cpu cannot compute; in float32 figures differ a little" in capsys.readouterr().out
