@@ -52,7 +52,9 @@ def serve(options):
     folder = "" if options.images.endswith(".tar") else options.images
     live = LiveGallery(searcher, list_files, folder, options.num_workers)
     try:
-        listening = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        both = host == "::" and socket.has_dualstack_ipv6()  # all addresses of both kinds
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family, dualstack_ipv6=both)
     except (OSError, OverflowError):
         raise UserError(f"--host {host} --port {port}: cannot be opened; is the port in use? name another") from None
     what = options.images or f"the validation pictures of {options.run}"

@@ -91,7 +91,7 @@ class Searcher:
 
     def keys_path(self):
         stats = file_stats([folder / name for folder in self.folders for name in RUN_FILES]), self.views
-        machine = HOST, os.environ.get("CUDA_VISIBLE_DEVICES")  # which decides what "auto" means
+        machine = HOST, os.environ.get("CUDA_VISIBLE_DEVICES"), "own precision"  # which decide what "auto" means
         return self.cache_dir / f"run-{cache_key(stats, self.device, self.precision, machine, VIEW, FORMAT)}.json"
 
     @property

@@ -31,6 +31,7 @@ from utils.plots import draw_curves, draw_generated, draw_matches, draw_similari
 
 NUM_QUERIES, NUM_MATCHES, NUM_PAIRS = 5, 6, 8  # in matches.png and similarity.png
 NUM_GENERATED = 8  # in generated.png
+MAX_HALF = 1000  # images of a half, as their captions' scores are copied for each
 NUM_HALVES, MIN_WORSE = 100, 95  # random halves of the validation images, and in how many a correction that is dropped loses
 
 
@@ -195,9 +196,9 @@ def correct_hubs(model, hubness, scores, validation, I_f, T_f, device, run_dir):
     corrected = recall(after, image_of_text, right)
     worse = count_worse(before, after, image_of_text, right) if corrected["rsum"] < scores["rsum"] else 0
     helps = worse < MIN_WORSE
-    reason = f", as rsum is lower in {worse} of {NUM_HALVES} random halves of the images" if worse else ""
-    kept = "kept" if helps else "not kept"
-    print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}{reason}")
+    kept = "kept, although" if helps else "not kept, as"
+    kept = f"{kept} rsum is lower in {worse} of {NUM_HALVES} random halves of the images" if worse else "kept"
+    print(f"hubness correction: rsum {corrected['rsum']:.1f} instead of {scores['rsum']:.1f}; {kept}")
     if not helps:
         model.hubness = None
         return scores
@@ -215,7 +216,7 @@ def count_worse(before, after, image_of_text, right):
     """
     n, rng, worse = before.shape[1], np.random.default_rng(0), 0
     for _ in range(NUM_HALVES):
-        images = np.sort(rng.choice(n, -(-n // 2), replace=False))
+        images = np.sort(rng.choice(n, min(-(-n // 2), MAX_HALF), replace=False))
         rows = np.flatnonzero(np.isin(image_of_text, images))
         part, own = np.ix_(rows, images), np.searchsorted(images, image_of_text[rows])
         rsums = [recall(similarity[part], own, right[part])["rsum"] for similarity in (before, after)]

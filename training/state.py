@@ -1,6 +1,7 @@
 """Everything that training changes, created, saved and restored together."""
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -85,9 +86,11 @@ class TrainState:
         if distributed.is_main_process():
             if best:
                 save_weights(self.scored_model, run_dir)
-            if self.config.wise_ft and self.rsums[-1] > max(self.rsums[:-1], default=-1.0):
-                (run_dir / TRAINED).mkdir(exist_ok=True)
-                save_weights(self.scored_model, run_dir / TRAINED)
+            if self.rsums[-1] > max(self.rsums[:-1], default=-1.0):
+                shutil.rmtree(run_dir / TRAINED, ignore_errors=True)  # of an earlier epoch
+                if self.config.wise_ft:
+                    (run_dir / TRAINED).mkdir()
+                    save_weights(self.scored_model, run_dir / TRAINED)
             write_history(run_dir / "history.csv", self.history)
         self.save()  # last, so that after a kill the epoch is repeated and all is written
 

@@ -30,9 +30,10 @@ def create_tried_model(config, captions):
     Raises UserError where the model cannot be trained, saved or loaded.
     """
     model = create_model(config, captions)
-    with random_states_kept(), left_as_it_was(model):
-        try_step(model, config, captions)
-        try_saving(model, config)
+    with random_states_kept():
+        with left_as_it_was(model):
+            try_step(model, config, captions)
+        try_saving(model, config)  # when the gradients no longer take memory
     return model
 
 

@@ -18,6 +18,7 @@ from Datasets import shapes
 from training.adapters import add_adapters, describe_adapters, layers_to_adapt, merged
 from training.keeping import choose, kept_score, mix
 from training.optimization import is_stale, layers_above, parameter_groups
+from training.state import TrainState
 from training.trackers import Trackers, load_package
 from utils.errors import UserError
 
@@ -266,6 +267,19 @@ def test_a_run_that_kept_no_epochs_weights_says_so(tune, classes, capsys):
     main.train(parse_config(["shapes", "--resume", "--run-dir", str(tuned), *flags], "shapes")[0])
     assert "mixture: none, as the run kept the weights of no epoch" in capsys.readouterr().out
     assert not (tuned / "tradeoff.csv").exists()
+
+
+@pytest.mark.parametrize(("wise_ft", "rsums", "kept"), [(True, [1, 2], "new"), (False, [1, 2], None), (False, [2, 1], "old")])
+def test_the_best_trained_epoch_is_kept_or_none(tmp_path, monkeypatch, wise_ft, rsums, kept):
+    """With --wise-ft switched off and on again, an earlier epoch than the best must not be mixed."""
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "weights").write_text("old")
+    monkeypatch.setattr("training.state.save_weights", lambda _, folder: (folder / "weights").write_text("new"))
+    config = SimpleNamespace(run_dir=tmp_path, wise_ft=wise_ft)
+    state = SimpleNamespace(config=config, rsums=rsums, scored_model=None, history=[{"epoch": 2}], save=lambda: None)
+    TrainState.save_epoch(state, False)
+    found = tmp_path / "trained" / "weights"
+    assert (found.read_text() if found.exists() else None) == kept
 
 
 def test_what_does_not_improve_is_not_kept(run, tune, capsys):
